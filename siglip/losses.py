@@ -1,0 +1,65 @@
+"""The losses as definitions: what every faster version must equal, value and gradients."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Loss = Callable[..., Array]  # (zimg, ztxt, t, b, mask) -> scalar, on global arrays
+
+
+def sigmoid_loss(
+    zimg: Float[Array, "n d"],
+    ztxt: Float[Array, "n d"],
+    t: Float[Array, ""],
+    b: Float[Array, ""],
+    mask: Bool[Array, "n"] | None = None,
+) -> Float[Array, ""]:
+    """Pairwise sigmoid loss, the sum over all n x n pairs divided by n (arXiv 2303.15343, Alg. 1).
+
+    Args:
+      zimg, ztxt: unit-norm embeddings; row i of both is a pair.
+      t: temperature, t = exp(t_prime), > 0. It is never clamped.
+      b: bias.
+      mask: False rows take part in no pair, and n counts the True rows.
+    """
+    logits = t * jnp.matmul(zimg, ztxt.T, precision="highest") + b
+    z = 2 * jnp.eye(len(zimg)) - 1
+    nll = jax.nn.softplus(-z * logits)
+    if mask is None:
+        return jnp.sum(nll) / len(zimg)
+    return jnp.sum(nll, where=mask[:, None] & mask[None, :]) / jnp.maximum(mask.sum(), 1)
+
+
+def softmax_loss(
+    zimg: Float[Array, "n d"],
+    ztxt: Float[Array, "n d"],
+    t: Float[Array, ""],
+    b: Float[Array, ""] | None = None,
+    mask: Bool[Array, "n"] | None = None,
+) -> Float[Array, ""]:
+    """CLIP's loss, the mean of image-to-text and text-to-image cross-entropy over the batch.
+
+    A bias cancels in both softmaxes, so `b` is accepted and has no effect. Rows that `mask` calls
+    False are neither queries nor candidates. The temperature is never clamped.
+    """
+    del b
+    logits = t * jnp.matmul(zimg, ztxt.T, precision="highest")
+    if mask is None:
+        mask = jnp.ones(len(zimg), bool)
+    logits = jnp.where(mask[:, None] & mask[None, :], logits, -jnp.inf)
+    positive = jnp.where(mask, jnp.diagonal(logits), 0.0)
+
+    def cross_entropy(axis: int) -> Array:
+        # The inner where keeps a row of -inf (a masked query) from turning into a NaN gradient.
+        rows = jnp.where(jnp.expand_dims(mask, axis), logits, 0.0)
+        return jnp.sum(jax.nn.logsumexp(rows, axis=axis) - positive, where=mask)
+
+    return (cross_entropy(1) + cross_entropy(0)) / (2 * jnp.maximum(mask.sum(), 1))
+
+
+def make_softmax_loss(mesh: jax.sharding.Mesh) -> Loss:
+    """The baseline for the trainer. XLA shards the rows of the N x N logits over the mesh."""
+    del mesh
+    return softmax_loss

@@ -1,0 +1,55 @@
+"""The device mesh, and which array lies where on it.
+
+Two axes: the batch is split over both, `data` and `fsdp`; parameters and optimizer state are
+split over `fsdp` and replicated over `data`.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp")
+SMALL = 2**14  # elements; smaller parameters cost more to gather than to keep
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
+    """A mesh over all devices of all processes; one of the sizes may be -1 ("the rest").
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices, sizes = jax.device_count(), [data, fsdp]
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = devices // max(1, int(-np.prod(sizes)))
+    if min(sizes) < 1 or np.prod(sizes) != devices:
+        raise ValueError(
+            f"mesh data={data} x fsdp={fsdp} does not fit {devices} devices "
+            f"(one of the two may be -1: the rest)"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def params_sharding(abstract_params, mesh: Mesh):
+    """A NamedSharding for each array of a tree: its largest axis that `fsdp` divides is split.
+
+    Works for optimizer state too, whose arrays have the shapes of parameters or are small.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def one(x) -> NamedSharding:
+        spec: list[str | None] = [None] * len(x.shape)
+        divisible = [i for i, size in enumerate(x.shape) if size % fsdp == 0]
+        if fsdp > 1 and divisible and np.prod(x.shape) >= SMALL:
+            spec[max(divisible, key=lambda i: x.shape[i])] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(one, abstract_params)

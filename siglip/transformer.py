@@ -1,0 +1,167 @@
+"""Transformer parts of both towers. Submodules are named as in the released checkpoints."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# name: (width, depth, mlp_dim, num_heads). Table 2 of "Scaling Vision Transformers" (2106.04560);
+# So400m from 2305.13035, g-opt from SigLIP 2 (2502.14786).
+VARIANTS = {
+    "mu": (32, 1, 128, 2),
+    "Ti": (192, 12, 768, 3),
+    "S": (384, 12, 1536, 6),
+    "M": (512, 12, 2048, 8),
+    "B": (768, 12, 3072, 12),
+    "L": (1024, 24, 4096, 16),
+    "So400m": (1152, 27, 4304, 16),
+    "H": (1280, 32, 5120, 16),
+    "g": (1408, 40, 6144, 16),
+    "g-opt": (1536, 40, 6144, 16),
+    "G": (1664, 48, 8192, 16),
+    "G-opt": (1536, 48, 8192, 16),
+    "e": (1792, 56, 15360, 16),
+}
+
+REMAT = ("none", "full", "dots")
+
+
+def decode_variant(variant: str) -> tuple[dict[str, int], int | None]:
+    """Splits 'B/16' into the sizes of B and the patch size (None in 'B').
+
+    Raises:
+      ValueError: unknown name, or a patch size that is not a positive integer.
+    """
+    name, slash, patch = variant.partition("/")
+    if name not in VARIANTS:
+        raise ValueError(f"variant {variant!r}: {name!r} is none of {', '.join(VARIANTS)}")
+    if slash and not (patch.isdigit() and int(patch)):
+        raise ValueError(f"variant {variant!r}: the patch size must be a positive integer")
+    sizes = dict(zip(("width", "depth", "mlp_dim", "num_heads"), VARIANTS[name]))
+    return sizes, int(patch) if slash else None
+
+
+class MlpBlock(nn.Module):
+    mlp_dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        dense = functools.partial(
+            nn.Dense,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            bias_init=nn.initializers.normal(1e-6),
+        )
+        width = x.shape[-1]
+        x = nn.gelu(dense(self.mlp_dim)(x), approximate=True)  # tanh, as in the released models
+        return dense(width)(x)
+
+
+def _dot_product_attention(query, key, value, **unused):
+    # One fused call: XLA elsewhere. No mask, no dropout: padding is attended to in SigLIP.
+    del unused
+    return jax.nn.dot_product_attention(query, key, value)
+
+
+def attention(num_heads: int, dtype) -> nn.Module:
+    """Multi-head attention with the parameters query, key, value [W, H, W/H] and out."""
+    return nn.MultiHeadDotProductAttention(
+        num_heads=num_heads,
+        dtype=dtype,
+        kernel_init=nn.initializers.xavier_uniform(),
+        attention_fn=_dot_product_attention,
+        name="MultiHeadDotProductAttention_0",
+    )
+
+
+class EncoderBlock(nn.Module):
+    """A pre-LayerNorm block. `carry` in and out lets `nn.scan` run over layers."""
+
+    mlp_dim: int
+    num_heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n l d"], _=None) -> tuple[Float[Array, "n l d"], None]:
+        norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
+        y = norm()(x)
+        x = x + attention(self.num_heads, self.dtype)(y, y)
+        return x + MlpBlock(self.mlp_dim, self.dtype)(norm()(x)), None
+
+
+class Encoder(nn.Module):
+    """`depth` blocks and a final LayerNorm.
+
+    With `scan`, one traced block runs over parameters with a leading layer axis (`encoderblock`):
+    it compiles in the time of one layer. Without, blocks are `encoderblock_0`, `encoderblock_1`...
+    `stack_blocks` and `unstack_blocks` turn one tree into the other. `remat` recomputes in the
+    backward pass: 'full' keeps only each block's input, 'dots' also the outputs of matmuls.
+    """
+
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    dtype: jnp.dtype
+    scan: bool
+    remat: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n l d"]) -> Float[Array, "n l d"]:
+        block = EncoderBlock
+        if self.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            block = nn.remat(
+                block,
+                prevent_cse=not self.scan,  # a scan's body cannot be merged with its copy
+                policy=policy if self.remat == "dots" else None,
+            )
+        sizes = dict(mlp_dim=self.mlp_dim, num_heads=self.num_heads, dtype=self.dtype)
+        if self.scan:
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.depth,
+            )
+            x, _ = layers(name="encoderblock", **sizes)(x, None)
+        else:
+            for i in range(self.depth):
+                x, _ = block(name=f"encoderblock_{i}", **sizes)(x, None)
+        return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="encoder_norm")(x)
+
+
+class MAPHead(nn.Module):
+    """Multihead attention pooling: one learned query attends to all tokens (2106.04560)."""
+
+    mlp_dim: int
+    num_heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n l d"]) -> Float[Array, "n d"]:
+        n, _, width = x.shape
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))
+        probe = jnp.tile(probe.astype(x.dtype), (n, 1, 1))
+        x = attention(self.num_heads, self.dtype)(probe, x)
+        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)(x)
+        return (x + MlpBlock(self.mlp_dim, self.dtype)(y))[:, 0]
+
+
+def stack_blocks(encoder: dict) -> dict:
+    """`encoderblock_i` -> `encoderblock` with a leading layer axis, for `scan`."""
+    blocks = {k: v for k, v in encoder.items() if k.startswith("encoderblock_")}
+    rest = {k: v for k, v in encoder.items() if k not in blocks}
+    layers = [blocks[f"encoderblock_{i}"] for i in range(len(blocks))]
+    return {**rest, "encoderblock": jax.tree.map(lambda *xs: jnp.stack(xs), *layers)}
+
+
+def unstack_blocks(encoder: dict) -> dict:
+    """The inverse of `stack_blocks`."""
+    stacked = encoder["encoderblock"]
+    depth = len(jax.tree.leaves(stacked)[0])
+    rest = {k: v for k, v in encoder.items() if k != "encoderblock"}
+    layers = {f"encoderblock_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(depth)}
+    return {**rest, **layers}

@@ -1,0 +1,104 @@
+"""Both towers, the learned temperature t and the bias b."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from siglip import transformer
+from siglip.text import make_text
+from siglip.vit import make_vit
+
+
+class TwoTowers(nn.Module):
+    """Images and texts -> unit-norm embeddings in one space.
+
+    Parameters are named as in the released checkpoints: `img/...`, `txt/...`, `t` [1], which is
+    the LOG of the temperature, and `b` [1] where the loss has a bias.
+    """
+
+    img: nn.Module
+    txt: nn.Module
+    t_init: float
+    b_init: float | None
+
+    @nn.compact
+    def __call__(
+        self,
+        image: UInt8[Array, "n res res 3"] | Float[Array, "n res res 3"] | None = None,
+        text: Int[Array, "n l"] | None = None,
+        *,
+        train: bool = False,
+    ) -> tuple[Array | None, Array | None, dict[str, Array | None]]:
+        """Embeds what is given.
+
+        Args:
+          image: uint8, or floats in [-1, 1]; None for no image embeddings.
+          text: token ids; None for no text embeddings.
+          train: random patch dropping is on. It needs an rng named 'dropout'.
+
+        Returns:
+          zimg [n, d], ztxt [n, d], float32, unit norm (None where nothing was given), and
+          {'t': temperature exp(t'), 'b': bias or None}, float32 scalars.
+        """
+        t_prime = self.param("t", nn.initializers.constant(np.log(self.t_init)), (1,))
+        b = None
+        if self.b_init is not None:
+            b = self.param("b", nn.initializers.constant(self.b_init), (1,))[0]
+        zimg = ztxt = None
+        if image is not None:
+            zimg = _unit(self.img(to_model_range(image), train=train))
+        if text is not None:
+            ztxt = _unit(self.txt(text, train=train))
+        return zimg, ztxt, {"t": jnp.exp(t_prime[0]), "b": b}
+
+
+def to_model_range(image: Array) -> Array:
+    """uint8 [0, 255] -> float32 [-1, 1]; floats pass."""
+    return image.astype(jnp.float32) / 127.5 - 1 if image.dtype == jnp.uint8 else image
+
+
+def _unit(z: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    # float32 whatever the towers' dtype is: t = 100 turns an error of 1e-3 into 0.1 of a logit.
+    # The square root of a sum that is 0 has no gradient, hence the epsilon inside.
+    z = z.astype(jnp.float32)
+    return z / (jnp.sqrt(jnp.sum(z * z, axis=-1, keepdims=True) + 1e-24) + 1e-8)
+
+
+def make_model(
+    *,
+    img: dict,
+    txt: dict,
+    t_init: float = 10.0,
+    b_init: float | None = -10.0,
+    dtype: str = "float32",
+    scan: bool = False,
+    remat: str = "none",
+) -> TwoTowers:
+    """A model from the blocks of a config.
+
+    Args:
+      img, txt: keyword arguments of vit.make_vit and text.make_text. The width of the text head,
+        txt['out_dim'], is by default that of the image embedding. dtype, scan and remat below
+        are the default of both towers.
+      t_init: initial temperature (the parameter starts at its log).
+      b_init: initial bias; None for a model without one (CLIP's softmax).
+      dtype: of matmuls in towers and head. Parameters, embeddings and logits are float32.
+      scan, remat: see transformer.Encoder.
+
+    Raises:
+      ValueError: the towers' embeddings differ in width, or a value is not a valid one.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype {dtype!r} is none of float32, bfloat16")
+    if remat not in transformer.REMAT:
+        raise ValueError(f"remat {remat!r} is none of {', '.join(transformer.REMAT)}")
+    if t_init <= 0:
+        raise ValueError(f"t_init is the temperature, which must be positive, not {t_init}")
+    shared = dict(dtype=dtype, scan=scan, remat=remat)
+    vit = make_vit(**shared, **img)
+    zimg_dim = vit.out_dim or vit.width
+    txt = {**txt, "out_dim": txt.get("out_dim") or zimg_dim}
+    if txt["out_dim"] != zimg_dim:
+        raise ValueError(f"embedding widths differ: image {zimg_dim}, text {txt['out_dim']}")
+    return TwoTowers(vit, make_text(**shared, **txt), float(t_init), b_init)
