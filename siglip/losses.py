@@ -14,7 +14,7 @@ def sigmoid_loss(
     ztxt: Float[Array, "n d"],
     t: Float[Array, ""],
     b: Float[Array, ""],
-    mask: Bool[Array, "n"] | None = None,
+    mask: Bool[Array, " n"] | None = None,
 ) -> Float[Array, ""]:
     """Pairwise sigmoid loss, the sum over all n x n pairs divided by n (arXiv 2303.15343, Alg. 1).
 
@@ -37,7 +37,7 @@ def softmax_loss(
     ztxt: Float[Array, "n d"],
     t: Float[Array, ""],
     b: Float[Array, ""] | None = None,
-    mask: Bool[Array, "n"] | None = None,
+    mask: Bool[Array, " n"] | None = None,
 ) -> Float[Array, ""]:
     """CLIP's loss, the mean of image-to-text and text-to-image cross-entropy over the batch.
 

@@ -34,7 +34,7 @@ def sigmoid_loss(
     ztxt: Float[Array, "N d"],
     t: Float[Array, ""],
     b: Float[Array, ""],
-    mask: Bool[Array, "N"] | None = None,
+    mask: Bool[Array, " N"] | None = None,
     *,
     mesh: Mesh,
     axes: tuple[str, ...] = (),

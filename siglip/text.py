@@ -65,6 +65,9 @@ class TextTransformer(nn.Module):
 
 
 def make_text(
+    dtype: str = "float32",
+    scan: bool = False,
+    remat: str = "none",
     *,
     variant: str = "B",
     width: int | None = None,
@@ -75,20 +78,17 @@ def make_text(
     pool: str = "last",
     out_dim: int | None = None,
     bottleneck: int | None = None,
-    dtype: str = "float32",
-    scan: bool = False,
-    remat: str = "none",
 ) -> TextTransformer:
     """A text tower by name.
 
     Args:
+      dtype, scan, remat: as in vit.make_vit.
       variant: a name of transformer.VARIANTS: 'B', 'So400m', ...
       width, depth, mlp_dim, num_heads: replace single sizes of the variant.
       vocab_size: rows of the token table; the trainer fills in its tokenizer's.
       pool: 'last' token, 'first', 'gap' (mean), 'max', or 'map' (attention pooling).
       out_dim: width of the Dense head; None has none. make_model fills in the image tower's.
       bottleneck: K, for a token table of V x K followed by a K x width projection; None has none.
-      dtype, scan, remat: as in vit.make_vit.
 
     Raises:
       ValueError: a value that is not one of those.

@@ -79,8 +79,7 @@ def make_model(
 
     Args:
       img, txt: keyword arguments of vit.make_vit and text.make_text. The width of the text head,
-        txt['out_dim'], is by default that of the image embedding. dtype, scan and remat below
-        are the default of both towers.
+        txt['out_dim'], is by default that of the image embedding.
       t_init: initial temperature (the parameter starts at its log).
       b_init: initial bias; None for a model without one (CLIP's softmax).
       dtype: of matmuls in towers and head. Parameters, embeddings and logits are float32.
@@ -95,10 +94,9 @@ def make_model(
         raise ValueError(f"remat {remat!r} is none of {', '.join(transformer.REMAT)}")
     if t_init <= 0:
         raise ValueError(f"t_init is the temperature, which must be positive, not {t_init}")
-    shared = dict(dtype=dtype, scan=scan, remat=remat)
-    vit = make_vit(**shared, **img)
+    vit = make_vit(dtype, scan, remat, **img)
     zimg_dim = vit.out_dim or vit.width
     txt = {**txt, "out_dim": txt.get("out_dim") or zimg_dim}
     if txt["out_dim"] != zimg_dim:
         raise ValueError(f"embedding widths differ: image {zimg_dim}, text {txt['out_dim']}")
-    return TwoTowers(vit, make_text(**shared, **txt), float(t_init), b_init)
+    return TwoTowers(vit, make_text(dtype, scan, remat, **txt), float(t_init), b_init)

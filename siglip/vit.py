@@ -73,6 +73,9 @@ class ViT(nn.Module):
 
 
 def make_vit(
+    dtype: str = "float32",
+    scan: bool = False,
+    remat: str = "none",
     *,
     variant: str = "B/16",
     width: int | None = None,
@@ -82,20 +85,17 @@ def make_vit(
     pool: str = "map",
     out_dim: int | None = None,
     drop_patches: float = 0.0,
-    dtype: str = "float32",
-    scan: bool = False,
-    remat: str = "none",
 ) -> ViT:
     """An image tower by name.
 
     Args:
+      dtype: of matmuls and activations, 'float32' or 'bfloat16'; parameters are float32.
+      scan, remat: see transformer.Encoder.
       variant: 'S/16', 'B/16', 'So400m/14', ...: a name of transformer.VARIANTS and a patch size.
       width, depth, mlp_dim, num_heads: replace single sizes of the variant.
       pool: 'map' (attention pooling), 'gap' (mean of the tokens), 'tok' (class token).
       out_dim: width of a Dense head; None has none, as SigLIP.
       drop_patches: share of the patches left out in training, chosen anew for every image.
-      dtype: of matmuls and activations, 'float32' or 'bfloat16'; parameters are float32.
-      scan, remat: see transformer.Encoder.
 
     Raises:
       ValueError: a value that is not one of those.
