@@ -1,0 +1,154 @@
+"""Embeddings of a whole data set, computed on every device of every process."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, UInt8
+
+from evaluators.ranks import unique_rows
+from input_pipeline import device, loader
+from input_pipeline.errors import UserError
+from input_pipeline.transforms import BadImage
+from siglip.sharding import replicated
+
+
+class Examples(Protocol):
+    """A source, or any sequence: what random access needs."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int, /) -> Any: ...
+
+
+class Embedder:
+    """The model as a function from examples to rows of NumPy arrays.
+
+    Args:
+      model, mesh, preprocess: see the evaluators.
+      batch_size: examples at a time, over all devices and processes. No result depends on it.
+
+    Raises:
+      UserError: the devices do not divide batch_size.
+    """
+
+    def __init__(self, model, mesh: Mesh, preprocess, batch_size: int):
+        check_batch_size(batch_size, mesh)
+        self._mesh, self._preprocess, self._batch_size = mesh, preprocess, batch_size
+
+        def embed(params, batch: dict[str, Array]) -> dict[str, Array]:
+            rest = dict(batch)
+            image, text = rest.pop("image", None), rest.pop("text", None)
+            zimg, ztxt, _ = model.apply({"params": params}, image=image, text=text, train=False)
+            return {**rest, "z": ztxt if zimg is None else zimg}
+
+        self._embed = jax.jit(embed, out_shardings=replicated(mesh))
+
+    def images(self, params, examples: Examples) -> Float[np.ndarray, "n d"]:
+        """zimg of the examples, in their order."""
+        return self.rows(params, examples, lambda e: {"image": eval_image(self._preprocess, e)})[
+            "z"
+        ]
+
+    def texts(self, params, tokens: "Tokens") -> Float[np.ndarray, "n d"]:
+        """ztxt of the texts, in their order; equal texts get equal embeddings, to the last bit."""
+        return self.rows(params, tokens.distinct, lambda ids: {"text": ids})["z"][tokens.index]
+
+    def rows(self, params, examples: Examples, fn: Callable[[Any], dict]) -> dict[str, np.ndarray]:
+        """Embeds 'image' or 'text' of fn(example); every other array of it passes through.
+
+        Args:
+          params: of the model, in any placement on the mesh.
+          examples: the same on every process; each process asks for its share only.
+          fn: runs in the loader's threads.
+
+        Returns:
+          {'z': f32 [len(examples), d], ...}, in the order of the examples, on every process.
+
+        Raises:
+          UserError: there are no examples, or an embedding is not finite.
+        """
+        # A short data set does not need a whole batch of padding.
+        devices = self._mesh.size
+        size = min(self._batch_size, -(-len(examples) // devices) * devices)
+        batches = host_batches(examples, fn, size)
+        parts = [_real_rows(batch) for batch in fetch(self._embed, params, batches, self._mesh)]
+        rows = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        if len(rows["z"]) != len(examples):
+            raise AssertionError(f"{len(rows['z'])} embeddings of {len(examples)} examples")
+        if not np.isfinite(rows["z"]).all():
+            # NaN compares false with everything, which would look like a perfect rank.
+            raise UserError(
+                f"{(~np.isfinite(rows['z']).all(axis=1)).sum()} of {len(examples)} embeddings are "
+                "not finite: these parameters are broken, evaluate an earlier checkpoint"
+            )
+        return rows
+
+
+def _real_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    mask = batch.pop("mask")
+    return {key: value[mask] for key, value in batch.items()}
+
+
+def host_batches(examples: Examples, fn: Callable, batch_size: int) -> Iterator[dict]:
+    """This process's rows of batches of `batch_size`; every example once, the last one padded."""
+    if not len(examples):
+        raise UserError("there is nothing to evaluate on: the source has no examples")
+    return loader.eval_batches(
+        examples,
+        fn,
+        batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def fetch(fn: Callable, params, batches: Iterator[dict], mesh: Mesh) -> Iterator:
+    """Yields fn(params, global batch) as NumPy arrays, each while the devices work on the next.
+
+    Never more than two run at once, so that memory stays bounded.
+    """
+    running = None
+    for batch in batches:
+        started = fn(params, device.to_device(batch, mesh))
+        if running is not None:
+            yield jax.tree.map(np.asarray, running)
+        running = started
+    yield jax.tree.map(np.asarray, running)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    if batch_size < 1 or batch_size % mesh.size:
+        raise UserError(
+            f"an evaluator's batch_size {batch_size} must be a multiple of the {mesh.size} devices"
+        )
+
+
+def eval_image(preprocess, example: dict) -> UInt8[np.ndarray, "res res 3"]:
+    """The image without augmentation. An evaluation never skips one that does not decode.
+
+    Raises:
+      UserError: it does not decode.
+    """
+    try:
+        return preprocess.image(example["image"])
+    except BadImage as bad:
+        raise UserError(
+            f"image {example['id']} cannot be read ({bad}); evaluation skips nothing: "
+            "repair it or take it out of the data"
+        ) from bad
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Tokenised texts: text i is distinct[index[i]]."""
+
+    distinct: Int[np.ndarray, "u l"]
+    index: Int[np.ndarray, " n"]
+
+
+def tokenize(preprocess, texts: Sequence[str]) -> Tokens:
+    """Cleans and tokenises; texts that become the same tokens are kept once."""
+    return Tokens(*unique_rows(np.stack([preprocess.text(text) for text in texts])))

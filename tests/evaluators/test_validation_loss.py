@@ -1,0 +1,123 @@
+import math
+
+import numpy as np
+import pytest
+
+from evaluators.loss import Evaluator, prior_loss
+from input_pipeline.errors import UserError
+from siglip import losses, ring
+
+
+def run(
+    fakes, source, params, loss_fn=losses.sigmoid_loss, mesh_shape=(2, 1), batch_size=4, b=-1.0
+):
+    args = (fakes.Model(b), fakes.mesh(*mesh_shape), fakes.Preprocess(), source, loss_fn)
+    ((name, value, chance),) = list(Evaluator(*args, batch_size=batch_size).run(params))
+    assert name == "loss"
+    return value, chance
+
+
+def embeddings(fakes, source, params):
+    images = np.stack([e["image"] for e in source])
+    texts = np.stack([fakes.Preprocess().text(e["texts"][0]) for e in source])
+    zimg, ztxt, scalars = fakes.Model().apply({"params": params}, images, texts)
+    return np.asarray(zimg), np.asarray(ztxt), scalars
+
+
+def by_batches(fakes, source, params, batch_size):
+    zimg, ztxt, scalars = embeddings(fakes, source, params)
+    total = 0.0
+    for start in range(0, len(source), batch_size):
+        rows = slice(start, start + batch_size)
+        loss = losses.sigmoid_loss(zimg[rows], ztxt[rows], **scalars)
+        total += float(loss) * len(zimg[rows])
+    return total / len(source)
+
+
+@pytest.mark.parametrize("n", [3, 8, 11, 16])
+@pytest.mark.parametrize(("mesh_shape", "batch_size"), [((2, 1), 4), ((4, 2), 8), ((1, 1), 5)])
+def test_loss_is_the_mean_over_pairs_with_padding_masked(fakes, n, mesh_shape, batch_size):
+    source, params = fakes.random_source(n), fakes.params(t=1.5)
+    value, _ = run(fakes, source, params, mesh_shape=mesh_shape, batch_size=batch_size)
+    assert value == pytest.approx(by_batches(fakes, source, params, batch_size), rel=1e-5)
+
+
+def test_loss_depends_on_the_batch_size_and_not_on_the_mesh(fakes):
+    source, params = fakes.random_source(16), fakes.params(t=1.5)
+    values = {n: run(fakes, source, params, batch_size=n)[0] for n in (2, 8, 16)}
+    assert values[2] < 0.8 * values[8] < 0.8 * values[16]
+    for mesh_shape in [(1, 1), (8, 1), (2, 4)]:
+        value, _ = run(fakes, source, params, mesh_shape=mesh_shape, batch_size=8)
+        assert value == pytest.approx(values[8], rel=1e-6)
+
+
+def test_the_ring_loss_gives_the_definitions_value(fakes):
+    source, params = fakes.random_source(13), fakes.params(t=1.5)
+    loss_fn = ring.make_sigmoid_loss(fakes.mesh(4, 2))
+    value, chance = run(fakes, source, params, loss_fn, mesh_shape=(4, 2), batch_size=8)
+    assert value == pytest.approx(by_batches(fakes, source, params, 8), rel=1e-5)
+    assert chance == pytest.approx(
+        (8 * prior_loss(8, has_bias=True) + 5 * prior_loss(5, has_bias=True)) / 13
+    )
+
+
+def test_a_model_that_knows_only_the_prior_scores_the_chance_level(fakes):
+    # Equal logits everywhere, log odds of 1 in n.
+    n = 8
+    source = fakes.source(np.full((24, 4), 5), [["a"]] * 24)
+    params = fakes.params({"a": [0, 0, 0, 1]}, img=np.zeros((4, 4)))  # every zimg is 0
+    value, chance = run(fakes, source, params, batch_size=n, b=-math.log(n - 1))
+    assert value == pytest.approx(chance, rel=1e-5)
+    p = 1 / n
+    assert chance == pytest.approx(-n * (p * math.log(p) + (1 - p) * math.log(1 - p)))
+    value, chance = run(fakes, source, params, losses.softmax_loss, batch_size=n, b=None)
+    assert value == pytest.approx(chance, rel=1e-5)
+    assert chance == pytest.approx(math.log(n))
+
+
+def test_chance_of_a_short_last_batch_is_that_of_its_pairs(fakes):
+    source, params = fakes.random_source(11), fakes.params()
+    _, chance = run(fakes, source, params, losses.softmax_loss, batch_size=8, b=None)
+    assert chance == pytest.approx((8 * math.log(8) + 3 * math.log(3)) / 11)
+
+
+def test_a_loss_can_bring_its_own_chance_level(fakes):
+    def loss_fn(zimg, ztxt, t, b, mask):
+        return losses.softmax_loss(zimg, ztxt, t, b, mask)
+
+    loss_fn.chance = lambda n: 100.0 + n
+    source, params = fakes.random_source(8), fakes.params()
+    assert run(fakes, source, params, loss_fn, batch_size=8)[1] == 108.0
+
+
+def test_one_pair_alone_has_no_uncertainty():
+    assert prior_loss(1, has_bias=True) == prior_loss(1, has_bias=False) == 0.0
+
+
+def test_the_first_text_counts(fakes):
+    source, params = fakes.random_source(8), fakes.params(t=1.0)
+    once, _ = run(fakes, source, params)
+    for example in source:
+        example["texts"] = [*example["texts"][:1], "z"]
+    assert run(fakes, source, params)[0] == once
+    for example in source:
+        example["texts"] = ["z", *example["texts"]]
+    assert run(fakes, source, params)[0] != once
+
+
+def test_bad_input_is_refused(fakes):
+    source, params = fakes.random_source(8), fakes.params()
+    with pytest.raises(UserError, match=r"batch_size 5 .*2 devices"):
+        run(fakes, source, params, batch_size=5)
+    with pytest.raises(UserError, match="loss is not finite"):
+        run(fakes, source, fakes.params(t=np.nan))
+    with pytest.raises(UserError, match="no examples"):
+        run(fakes, fakes.source([], []), params)
+    source[6]["image"] = b"?"
+    with pytest.raises(UserError, match="image 6 cannot be read"):
+        run(fakes, source, params)
+
+
+def test_protocol_states_the_batch_size(fakes):
+    args = (fakes.Model(), fakes.mesh(2), fakes.Preprocess(), fakes.random_source(5), None)
+    assert Evaluator(*args, batch_size=4).protocol == "5 pairs (first captions) in batches of 4"
