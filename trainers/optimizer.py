@@ -1,4 +1,4 @@
-"""The optimizer chain: update = -schedule(step) * (lr * lr_mult * direction + wd * wd_mult * param).
+"""The optimizer chain: update = -schedule * (lr * lr_mult * direction + wd * wd_mult * param).
 
 The order is big_vision's (`big_vision/optax.py`): clip by global norm, optimizer direction, lr,
 per-parameter lr multiplier, weight decay, schedule, negate. So, unlike in optax.adamw,

@@ -1,0 +1,195 @@
+"""Reading checkpoints: which one, does it fit the model, straight onto the devices.
+
+A checkpoint is a directory <workdir>/checkpoints/<step>/ with the items `state` (a pytree of
+arrays) and `data` (the data position, JSON). Wherever a path is taken, it is a workdir or the
+directory of one step. All processes call the functions here together.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from input_pipeline.errors import UserError
+from trainers.rules import path_name
+
+FOLDER = "checkpoints"  # in the workdir
+_SHOWN = 5  # arrays named in a message, for each kind of difference
+# The bare handlers: a Checkpointer around them waits for all processes after a restore, where one
+# that met a damaged file would never arrive.
+_TREE, _JSON, _JSON_ARGS = (
+    ocp.PyTreeCheckpointHandler(),
+    ocp.JsonCheckpointHandler(),
+    ocp.args.JsonRestore(),
+)
+
+
+class DamagedCheckpoint(Exception):
+    """A step directory that is there but cannot be read. The message is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run begins. `path` is a step directory; None from scratch."""
+
+    kind: str  # 'workdir' | 'resume' | 'init' | 'scratch'
+    path: pathlib.Path | None = None
+    step: int | None = None
+
+
+def find_start(workdir: str, resume: str | None = None, init: str | None = None) -> Start:
+    """Which checkpoint wins:
+
+    1. the newest of the workdir: the same command goes on with its own run;
+    2. config.resume: everything of another run's checkpoint (state, data position, step);
+    3. config.init: weights only, the run starts at step 0;
+    4. scratch.
+
+    Raises UserError where the winner of 2 or 3 is a path without a checkpoint.
+    """
+    root = pathlib.Path(workdir).absolute() / FOLDER
+    if steps := steps_on_disk(root):
+        return Start("workdir", root / str(steps[0]), steps[0])
+    for kind, path in (("resume", resume), ("init", init)):
+        if path:
+            found = locate(path, key=f"config.{kind}")
+            return Start(kind, found, int(found.name))
+    return Start("scratch")
+
+
+def steps_on_disk(root: pathlib.Path) -> list[int]:
+    """Steps with a committed directory, newest first. A step still being written has another name
+    (or no commit mark, on storage without atomic renames) and does not count."""
+    if not root.is_dir():
+        return []
+    committed = (
+        int(path.name)
+        for path in root.iterdir()
+        if path.name.isdecimal() and path.is_dir() and ocp.path.step.is_path_finalized(path)
+    )
+    return sorted(committed, reverse=True)
+
+
+def locate(path: str | pathlib.Path, *, key: str = "checkpoint") -> pathlib.Path:
+    """The step directory that `path` means: itself, or the newest of a workdir."""
+    given = pathlib.Path(path).absolute()
+    if given.name.isdecimal() and (given / "state").is_dir():
+        return given
+    if not given.exists():
+        raise UserError(f"{key} = '{path}': no such directory; give a workdir, or one step of it")
+    for root in (given / FOLDER, given):
+        if steps := steps_on_disk(root):
+            return root / str(steps[0])
+    raise UserError(
+        f"{key} = '{path}' holds no checkpoint; give a workdir with {FOLDER}/<step> in it, or "
+        "the directory of one step"
+    )
+
+
+def restore_state(path: str | pathlib.Path, abstract_state: PyTree) -> tuple[PyTree, dict, int]:
+    """(state, data, step) of another run. See `read_step`; damage is a UserError here, because
+    nothing of somebody else's run is set aside."""
+    found = locate(path, key="config.resume")
+    try:
+        state, data = read_step(found, abstract_state)
+    except DamagedCheckpoint as damage:
+        raise UserError(f"{damage}; give the directory of another step") from damage
+    return state, data, int(found.name)
+
+
+def restore_params(path: str | pathlib.Path, abstract_params: PyTree) -> PyTree:
+    """Only the weights (`state.params`) of a checkpoint; the rest is not read. Raises UserError."""
+    found = locate(path, key="config.init")
+    try:
+        return _read_state(found, {"params": abstract_params}, partial=True)["params"]
+    except DamagedCheckpoint as damage:
+        raise UserError(f"{damage}; give the directory of another step") from damage
+
+
+def read_step(path: pathlib.Path, abstract_state: PyTree) -> tuple[PyTree, dict]:
+    """(state, data) of one step directory.
+
+    `abstract_state` is a tree of ShapeDtypeStructs; every array goes straight onto their
+    shardings, whatever devices it was saved from (without a sharding: the first device).
+
+    Raises UserError where the arrays differ from `abstract_state` in name, shape or dtype, and
+    DamagedCheckpoint where they cannot be read.
+    """
+    state = _read_state(path, abstract_state)
+    return state, _or_damaged(path, lambda: _JSON.restore(path / "data", _JSON_ARGS))
+
+
+def _read_state(path: pathlib.Path, abstract: PyTree, partial: bool = False) -> PyTree:
+    saved = _or_damaged(path, lambda: _TREE.metadata(path / "state").tree)
+    _check_fits(path, saved, abstract, partial)
+    abstract = jax.tree.map(_placed, abstract)
+    args = ocp.args.PyTreeRestore(
+        item=abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=partial,
+    )
+    return _or_damaged(path, lambda: _TREE.restore(path / "state", args=args))
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _or_damaged(path: pathlib.Path, read: Any) -> Any:
+    """read(), with what broken files raise turned into DamagedCheckpoint. A machine without
+    memory or permission says nothing about the files, so those errors pass."""
+    try:
+        return read()
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise DamagedCheckpoint(f"checkpoint {path} cannot be read: {one_line(error)}") from error
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """'KeyError: ...' without the pages that storage libraries add."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= limit else text[:limit] + " ..."
+
+
+def _check_fits(path: pathlib.Path, saved: PyTree, wanted: PyTree, partial: bool) -> None:
+    """UserError with the arrays that differ. Nothing is cast: f32 weights read as bf16 would
+    train on without a word."""
+    have, want = _described(saved), _described(wanted)
+    if partial:
+        have = {name: what for name, what in have.items() if name.startswith("params/")}
+    missing = [f"{name} {want[name]}" for name in want if name not in have]
+    extra = [f"{name} {have[name]}" for name in have if name not in want]
+    other = [
+        f"{name} is {have[name]} there, {want[name]} in the model"
+        for name in want
+        if name in have and have[name] != want[name]
+    ]
+    parts = [
+        f"{len(found)} {what}: {_first(found)}"
+        for what, found in (
+            ("missing there", missing),
+            ("unknown to the model", extra),
+            ("of another shape or dtype", other),
+        )
+        if found
+    ]
+    if parts:
+        raise UserError(f"checkpoint {path} does not fit the model: arrays {'; '.join(parts)}")
+
+
+def _described(tree: PyTree) -> dict[str, str]:
+    """{'params/img/...': 'float32[768,768]'}, for abstract arrays and Orbax' metadata alike."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _first(found: list[str]) -> str:
+    more = len(found) - _SHOWN
+    return ", ".join(found[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
