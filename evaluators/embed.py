@@ -9,7 +9,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from evaluators.ranks import unique_rows
 from input_pipeline import device, loader
 from input_pipeline.errors import UserError
 from input_pipeline.transforms import BadImage
@@ -48,9 +47,11 @@ class Embedder:
 
     def images(self, params, examples: Examples) -> Float[np.ndarray, "n d"]:
         """zimg of the examples, in their order."""
-        return self.rows(params, examples, lambda e: {"image": eval_image(self._preprocess, e)})[
-            "z"
-        ]
+
+        def image_of(example: dict) -> dict:
+            return {"image": eval_image(self._preprocess, example)}
+
+        return self.rows(params, examples, image_of)["z"]
 
     def texts(self, params, tokens: "Tokens") -> Float[np.ndarray, "n d"]:
         """ztxt of the texts, in their order; equal texts get equal embeddings, to the last bit."""
@@ -152,3 +153,11 @@ class Tokens:
 def tokenize(preprocess, texts: Sequence[str]) -> Tokens:
     """Cleans and tokenises; texts that become the same tokens are kept once."""
     return Tokens(*unique_rows(np.stack([preprocess.text(text) for text in texts])))
+
+
+def unique_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(distinct rows in order of first appearance, int32 index) with x == distinct[index]."""
+    place: dict[bytes, int] = {}
+    index = np.array([place.setdefault(row.tobytes(), len(place)) for row in x], np.int32)
+    first = np.unique(index, return_index=True)[1]
+    return x[first], index

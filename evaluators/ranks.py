@@ -49,14 +49,9 @@ class Ranker:
         query_group: Int[np.ndarray, " n"],
         candidate_group: Int[np.ndarray, " m"],
     ) -> Int[np.ndarray, " n"]:
-        """Ranks by dot product. Arguments and result are the same on every process.
-
-        Equal candidates tie exactly: each distinct one meets a query once. (Two columns of one
-        matmul may differ in the last bit although their inputs are equal.)
-        """
-        distinct, index = unique_rows(candidates)
+        """Ranks by dot product. Arguments and result are the same on every process."""
         whole = replicated(self._mesh)
-        fixed = [_put(x, whole) for x in (distinct, index, candidate_group.astype(np.int32))]
+        fixed = [_put(x, whole) for x in (candidates, candidate_group.astype(np.int32))]
         devices = self._mesh.size
         chunk = min(len(queries), max(1, _ELEMENTS // len(candidates)))
         chunk = -(-chunk // devices) * devices
@@ -69,18 +64,11 @@ class Ranker:
         return np.concatenate(ranks)[: len(queries)]
 
 
-def _chunk_ranks(queries, query_group, distinct, index, candidate_group):
-    # 'highest': bf16 or TF32 passes would tie and swap near neighbours.
-    sims = jnp.matmul(queries, distinct.T, precision="highest")
-    return best_match_ranks(sims[:, index], query_group, candidate_group)
-
-
-def unique_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(distinct rows in order of first appearance, int32 index) with x == distinct[index]."""
-    place: dict[bytes, int] = {}
-    index = np.array([place.setdefault(row.tobytes(), len(place)) for row in x], np.int32)
-    first = np.unique(index, return_index=True)[1]
-    return x[first], index
+def _chunk_ranks(queries, query_group, candidates, candidate_group):
+    # 'highest': bf16 or TF32 passes would tie and swap near neighbours. One matmul gives a query's
+    # similarities to all candidates, so equal candidates tie exactly.
+    sims = jnp.matmul(queries, candidates.T, precision="highest")
+    return best_match_ranks(sims, query_group, candidate_group)
 
 
 def _pad(x: np.ndarray, rows: int) -> np.ndarray:

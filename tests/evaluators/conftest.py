@@ -93,8 +93,7 @@ def random_source(n, seed=0, classes=3):
     return make_source(rng.integers(0, 256, (n, D)), texts, labels, names)
 
 
-@pytest.fixture
-def fakes():
+def fakes_namespace():
     return types.SimpleNamespace(
         Model=FakeModel,
         Preprocess=FakePreprocess,
@@ -104,3 +103,8 @@ def fakes():
         params=make_params,
         random_source=random_source,
     )
+
+
+@pytest.fixture
+def fakes():
+    return fakes_namespace()

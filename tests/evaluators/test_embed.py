@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from evaluators.embed import Embedder, eval_image, tokenize
+from evaluators.embed import Embedder, eval_image, tokenize, unique_rows
 from input_pipeline import device
 from input_pipeline.errors import UserError
 
@@ -95,3 +95,10 @@ def test_nothing_to_evaluate_on_is_refused(fakes):
 def test_a_batch_that_the_devices_do_not_divide_is_refused(fakes, batch_size):
     with pytest.raises(UserError, match=rf"batch_size {batch_size} .*8 devices"):
         Embedder(fakes.Model(), fakes.mesh(4, 2), fakes.Preprocess(), batch_size)
+
+
+def test_unique_rows_keeps_the_order_of_first_appearance():
+    x = np.array([[3, 1], [0, 0], [3, 1], [2, 2], [0, 0]])
+    distinct, index = unique_rows(x)
+    assert distinct.tolist() == [[3, 1], [0, 0], [2, 2]]
+    np.testing.assert_array_equal(distinct[index], x)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from evaluators import ranks
-from evaluators.ranks import Ranker, best_match_ranks, unique_rows
+from evaluators.ranks import Ranker, best_match_ranks
 
 
 def definition(sims, query_group, candidate_group):
@@ -59,16 +59,11 @@ def test_ranker_equals_the_stable_sort_for_any_mesh_and_chunk(
     np.testing.assert_array_equal(actual, expected)
 
 
-def test_equal_candidates_tie_exactly_wherever_they_stand(fakes):
+@pytest.mark.parametrize("shape", [(9, 67), (33, 128), (130, 5)])
+def test_equal_candidates_tie_exactly_wherever_they_stand(fakes, shape):
     rng = np.random.default_rng(2)
-    queries = rng.normal(size=(9, 67)).astype(np.float32)
-    candidate = rng.normal(size=(1, 67)).astype(np.float32)
-    got = Ranker(fakes.mesh(4))(queries, np.repeat(candidate, 9, 0), np.arange(9), np.arange(9))
-    assert got.tolist() == list(range(9))
-
-
-def test_unique_rows_keeps_the_order_of_first_appearance():
-    x = np.array([[3, 1], [0, 0], [3, 1], [2, 2], [0, 0]])
-    distinct, index = unique_rows(x)
-    assert distinct.tolist() == [[3, 1], [0, 0], [2, 2]]
-    np.testing.assert_array_equal(distinct[index], x)
+    queries, candidate = rng.normal(size=shape), rng.normal(size=(1, shape[1]))
+    candidates = np.repeat(candidate, len(queries), 0).astype(np.float32)
+    index = np.arange(len(queries))
+    got = Ranker(fakes.mesh(4))(queries.astype(np.float32), candidates, index, index)
+    assert got.tolist() == index.tolist()
