@@ -1,0 +1,146 @@
+"""What a run logs: metrics.jsonl for programs, TensorBoard event files for people."""
+
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorboardX
+from jaxtyping import Float, UInt8
+from tensorboardX.summary import hparams as hparams_summaries
+
+Images = UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"]
+
+
+class Writer:
+    """Writes <workdir>/metrics.jsonl and event files; the methods have the names of clu's writers.
+
+    metrics.jsonl has one JSON object per event, {"step": 10, "loss": 9.5, ...}, flushed at once.
+    JSON knows no NaN: numbers that are not finite become the strings "nan", "inf", "-inf", which
+    Python's float() reads back. With is_main False nothing is written at all.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, *, is_main: bool = True) -> None:
+        self._is_main = is_main
+        self._path = pathlib.Path(workdir) / "metrics.jsonl"
+        self._board: tensorboardX.SummaryWriter | None = None
+        self._purge_step: int | None = None
+        if is_main:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._drop_lines(lambda step: False)  # only what a kill has torn
+            self._file = self._path.open("a", encoding="utf-8")
+
+    def rewind(self, step: int) -> None:
+        """Forget what an earlier life logged after `step`, where this one goes on (-1: from
+        scratch): it will come again. The file is replaced in one move, so that a crash leaves the
+        old or the new one; event files are never touched, TensorBoard is told to skip."""
+        if self._is_main:
+            self._file.close()
+            self._drop_lines(lambda other: other > step)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._purge_step = step + 1
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Numbers, or arrays of one number."""
+        if self._is_main:
+            numbers = {name: float(np.asarray(value)) for name, value in scalars.items()}
+            self._append(step, {name: _jsonable(number) for name, number in numbers.items()})
+            for name, number in numbers.items():
+                if math.isfinite(number):  # tensorboardX prints a complaint into the progress row
+                    self._tensorboard().add_scalar(name, number, step)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Markdown in TensorBoard."""
+        if self._is_main:
+            self._append(step, texts)
+            for name, text in texts.items():
+                self._tensorboard().add_text(name, text, step)
+
+    def write_images(self, step: int, images: Mapping[str, Images]) -> None:
+        """Batches of images, uint8 or floats in [0, 1]; TensorBoard only."""
+        if self._is_main:
+            for name, batch in images.items():
+                self._tensorboard().add_images(name, np.asarray(batch), step, dataformats="NHWC")
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """The config, for TensorBoard's table of runs; nested keys become 'a.b'."""
+        if self._is_main:
+            experiment, start, _ = hparams_summaries(_flat(hparams), {})
+            for summary in (experiment, start):  # the third says that the run has ended well
+                self._tensorboard().file_writer.add_summary(summary)
+
+    def flush(self) -> None:
+        """Everything is on disk, also after a power cut."""
+        if self._is_main:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            if self._board is not None:
+                self._board.flush()
+
+    def close(self) -> None:
+        if self._is_main and not self._file.closed:
+            self.flush()
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
+
+    def _append(self, step: int, event: Mapping[str, Any]) -> None:
+        # One write per line: a kill leaves whole lines but for the last, which _drop_lines cuts.
+        self._file.write(json.dumps({"step": int(step), **event}) + "\n")
+        self._file.flush()
+
+    def _tensorboard(self) -> tensorboardX.SummaryWriter:
+        if self._board is None:  # late, because its first record is the purge step
+            self._board = tensorboardX.SummaryWriter(
+                str(self._path.parent),
+                purge_step=self._purge_step,
+                # The name has whole seconds; another life within one would overwrite the file.
+                filename_suffix=f".{time.time_ns()}",
+            )
+        return self._board
+
+    def _drop_lines(self, drop: Any) -> None:
+        """Replaces the file by its whole lines whose step is not to be dropped."""
+        if not self._path.exists():
+            return
+        scratch = self._path.with_suffix(".jsonl.tmp")
+        with self._path.open("rb") as old, scratch.open("wb") as new:
+            dropped = 0
+            for line in old:
+                step = _step_of(line)
+                if step is None or drop(step):
+                    dropped += 1
+                else:
+                    new.write(line)
+            new.flush()
+            os.fsync(new.fileno())
+        if dropped:
+            os.replace(scratch, self._path)
+        else:
+            scratch.unlink()
+
+
+def _step_of(line: bytes) -> int | None:
+    """None for a line that a kill or a power cut left incomplete."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _jsonable(number: float) -> float | str:
+    return number if math.isfinite(number) else str(number)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float) else str(value)
+    return flat
