@@ -7,6 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
+    + " --xla_backend_optimization_level=0"  # most of the tests' time is compilation
 )
 
 import jax

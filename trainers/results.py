@@ -1,0 +1,47 @@
+"""The numbers of a run as a file and as a table: {evaluator: {metric: {"value", "chance"}}}."""
+
+import json
+import os
+import pathlib
+
+Results = dict[str, dict[str, dict[str, float | None]]]
+
+
+def write_json(path: pathlib.Path, results: Results) -> None:
+    """Replaces the file in one move: it is never half written."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(scratch, path)
+
+
+def table(results: Results) -> str:
+    """A line per metric, its chance level beside it, and how many times chance it is."""
+    rows = [("evaluator", "metric", "value", "chance", "x chance")]
+    for evaluator, metrics in results.items():
+        for metric, got in metrics.items():
+            value, chance = got["value"], got["chance"]
+            # Times chance says something of shares; a loss at chance level is just a level.
+            share = chance is not None and 0 < chance < 1 and not metric.endswith("loss")
+            rows.append(
+                (
+                    evaluator,
+                    metric,
+                    _number(value, share),
+                    "" if chance is None else _number(chance, share),
+                    f"{value / chance:.1f}" if share else "",
+                )
+            )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def _number(value: float, share: bool) -> str:
+    return f"{100 * value:.2f} %" if share else f"{value:.4f}"

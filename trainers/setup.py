@@ -1,0 +1,130 @@
+"""From a complete config to the objects of a run."""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import siglip
+from evaluators import EVALUATORS
+from input_pipeline import SOURCES, TOKENIZERS
+from input_pipeline.errors import UserError
+from input_pipeline.transforms import Preprocess, make_preprocess
+from siglip.losses import Loss
+from siglip.sharding import make_mesh
+from siglip.two_towers import TwoTowers, make_model
+from trainers import durations
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What training and evaluation share."""
+
+    config: ConfigDict
+    mesh: jax.sharding.Mesh
+    preprocess: Preprocess
+    model: TwoTowers
+    loss_fn: Loss
+
+    @property
+    def inputs(self) -> tuple[np.ndarray, np.ndarray]:
+        """One image and one text, whose shapes decide those of the parameters."""
+        res, token_len = self.config.input.res, self.config.input.token_len
+        return np.zeros((1, res, res, 3), np.uint8), np.zeros((1, token_len), np.int32)
+
+    def abstract_params(self) -> Any:
+        with mistakes_of("model"):
+            return jax.eval_shape(self.model.init, jax.random.key(0), *self.inputs)["params"]
+
+
+def make_setup(config: ConfigDict) -> Setup:
+    """Raises UserError where values of the config do not fit each other."""
+    with mistakes_of("mesh"):
+        mesh = make_mesh(**without(config.mesh, "cpu_devices"))
+    tokenizer = chosen(TOKENIZERS, config.input.tokenizer)
+    preprocess = make_preprocess(
+        tokenizer,
+        **without(config.input, *INPUT_KEYS),
+    )
+    blocks = without(config.model)
+    vocab_size = blocks["txt"].get("vocab_size") or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"config.model.txt.vocab_size is {vocab_size}, but the tokenizer has "
+            f"{tokenizer.vocab_size} ids; leave it unset to take the tokenizer's"
+        )
+    blocks["txt"]["vocab_size"] = vocab_size
+    with mistakes_of("model"):
+        model = make_model(**blocks)
+    with mistakes_of("loss"):
+        loss_fn = siglip.LOSSES[config.loss.name](mesh, **without(config.loss, "name"))
+    return Setup(config, mesh, preprocess, model, loss_fn)
+
+
+# The keys of config.input that are not options of make_preprocess.
+INPUT_KEYS = ("batch_size", "source", "tokenizer", "num_threads", "prefetch", "max_bad_fraction")
+
+
+def make_evaluators(setup: Setup) -> dict[str, Any]:
+    """Name -> evaluator; their sources are opened, so a missing file is found before training."""
+    evaluators = {}
+    for name, block in setup.config.evals.items():
+        evaluators[name] = EVALUATORS[block.type](
+            setup.model,
+            setup.mesh,
+            setup.preprocess,
+            chosen(SOURCES, block.source),
+            setup.loss_fn,
+            **without(block, "type", "source", "every"),
+        )
+    return evaluators
+
+
+def check_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError for a batch that devices (and so processes) do not divide."""
+    batch_size = config.input.batch_size
+    if batch_size < 1 or batch_size % mesh.size:
+        near = max(1, round(batch_size / mesh.size)) * mesh.size
+        raise UserError(
+            f"config.input.batch_size={batch_size} does not divide over {mesh.size} devices; "
+            f"the nearest that does is {near}"
+        )
+
+
+def make_to_steps(config: ConfigDict, examples_per_epoch: int):
+    """(duration, key) -> steps; the total itself is `to_steps(config.total, 'total')`."""
+
+    def to_steps(text: str, key: str, total_steps: int | None = None) -> int | None:
+        return durations.to_steps(
+            text,
+            batch_size=config.input.batch_size,
+            examples_per_epoch=examples_per_epoch,
+            total_steps=total_steps,
+            key=key,
+        )
+
+    return to_steps
+
+
+def chosen(components: dict[str, Any], block: ConfigDict) -> Any:
+    """The component that a block names, made with the block's other keys."""
+    return components[block.name](**without(block, "name"))
+
+
+def without(block: ConfigDict, *keys: str) -> dict[str, Any]:
+    """A plain dict of the block's other keys."""
+    return {k: v for k, v in block.to_dict().items() if k not in keys}
+
+
+@contextlib.contextmanager
+def mistakes_of(block: str):
+    """siglip knows no configs: its ValueErrors become mistakes in a block of the config."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"config.{block}: {error}") from error
