@@ -1,0 +1,137 @@
+"""Trains or evaluates what a config file says: see --help."""
+
+import argparse
+import difflib
+import os
+import pathlib
+import re
+import sys
+from typing import NoReturn
+
+DONE, MISTAKE, INTERRUPTED, DIVERGED = 0, 2, 85, 87
+
+HELP = """\
+Trains a SigLIP model and evaluates it, as a config file says.
+
+  python main.py --config configs/quickstart.py --workdir runs/quickstart
+  python main.py --workdir runs/quickstart --eval_only
+
+Stopped by Ctrl-C, SIGTERM or a power cut? Run the same command again: it goes on where it was.
+"""
+
+EPILOG = """\
+settings:
+  --config.input.batch_size=512 --config.loss.name=softmax    replace any setting of the config
+  --config configs/siglip_b16.py:runlocal,res=64              arguments of the config file
+
+exit codes: 0 done, 2 a mistake in command, config or data, 85 interrupted (run the same command
+again), 87 diverged.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISTAKE, f"error: {message}\n")
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        description=HELP,
+        epilog=EPILOG,
+        usage="python main.py --config path.py[:arguments] --workdir path [--config.x.y=value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", metavar="path.py", help="config file; with --eval_only that of the workdir")
+    add("--workdir", metavar="path", help="folder of the run: checkpoints, logs, results")
+    add("--eval_only", action="store_true", help="evaluate the workdir's newest checkpoint")
+    group = parser.add_argument_group("several processes (found by themselves in SLURM, TPU pods)")
+    add = group.add_argument
+    add(
+        "--coordinator_address",
+        metavar="host:port",
+        help="of process 0, or JAX_COORDINATOR_ADDRESS",
+    )
+    add("--num_processes", metavar="n", type=int, help="how many, or JAX_NUM_PROCESSES")
+    add("--process_id", metavar="i", type=int, help="which one this is, or JAX_PROCESS_ID")
+    add("--distributed", choices=("auto", "off"), default="auto", help="off: this process alone")
+    add(
+        "--heartbeat_timeout",
+        metavar="s",
+        type=int,
+        default=100,
+        help="seconds until a silent process counts as dead and the others stop (100)",
+    )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Does what the command line says; the exit code. A mistake of the user is one line."""
+    parser = make_parser()
+    flags, rest = parser.parse_known_args(argv)
+    check_flags(parser, flags, rest)
+    try:
+        # Only now, as it takes seconds.
+        import jax
+
+        import trainers
+        from input_pipeline.errors import UserError
+        from trainers import config as configs
+        from trainers import distributed
+        from trainers.loop import Diverged, Interrupted
+    except KeyboardInterrupt:
+        return told(INTERRUPTED, "interrupted; run the same command again")
+    try:
+        overrides, rest = configs.split_overrides(rest)
+        if rest:
+            raise UserError(f"unexpected argument {rest[0]!r}; settings are --config.key=value")
+        if flags.config:
+            config = configs.load(flags.config, overrides)
+        else:
+            config = configs.read(flags.workdir, overrides)
+        configs.check_workdir(config, flags.workdir)
+        if config.mesh.cpu_devices:
+            jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+        decision = distributed.decide(
+            os.environ,
+            mode=flags.distributed,
+            coordinator_address=flags.coordinator_address,
+            num_processes=flags.num_processes,
+            process_id=flags.process_id,
+        )
+        distributed.start(decision, heartbeat_timeout=flags.heartbeat_timeout)
+        run = trainers.evaluate if flags.eval_only else trainers.train
+        run(config, flags.workdir)
+    except UserError as mistake:
+        return told(MISTAKE, f"error: {mistake}")
+    except (Interrupted, KeyboardInterrupt) as stop:
+        return told(INTERRUPTED, f"{stop or 'interrupted'}; run the same command again to go on")
+    except Diverged as end:
+        return told(DIVERGED, f"diverged: {end}")
+    return DONE
+
+
+def check_flags(parser: Parser, flags: argparse.Namespace, rest: list[str]) -> None:
+    """Exits with one line if the flags are no command."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    for arg in rest:
+        if re.match(r"-+[a-zA-Z]", arg) and not re.match(r"--?(no)?config\.", arg):
+            flag = arg.partition("=")[0]
+            near = difflib.get_close_matches(flag, known) or known[2:]
+            parser.error(f"unknown flag {flag}; the nearest: {', '.join(near)}")
+    if not flags.config and not flags.eval_only:
+        configs = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
+        parser.error(f"pass --config, one of {', '.join(configs) or 'your files'}; see --help")
+    if not flags.workdir:
+        stem = pathlib.Path((flags.config or "my_run").partition(":")[0]).stem
+        parser.error(f"pass --workdir, the folder of the run, such as --workdir runs/{stem}")
+
+
+def told(code: int, line: str) -> int:
+    print(line, file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

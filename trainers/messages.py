@@ -1,0 +1,38 @@
+"""Words for one-line messages: the nearest names, the place in a file."""
+
+import difflib
+import os
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Up to three names like `name`, or all where none is like it."""
+    names = list(names)
+    return listed(difflib.get_close_matches(name, names) or names)
+
+
+def listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
+
+
+def one_line(text: Any) -> str:
+    return " ".join(str(text).split())
+
+
+def show(file: pathlib.Path) -> str:
+    """As short a path as names the file from here."""
+    return os.path.relpath(file) if file.is_relative_to(pathlib.Path.cwd()) else str(file)
+
+
+def place(file: pathlib.Path, word: str) -> str:
+    """'configs/x.py:12' where just one line of the file has the word, else the file."""
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return show(file)
+    hits = [i for i, line in enumerate(lines, 1) if re.search(rf"\b{re.escape(word)}\b", line)]
+    return f"{show(file)}:{hits[0]}" if len(hits) == 1 else show(file)

@@ -1,0 +1,131 @@
+"""What a sweep found: sweep.csv (all numbers), sweep.md (a table), sweep.png (one metric)."""
+
+import csv
+import dataclasses
+import math
+import pathlib
+
+Results = dict[str, dict[str, float | None]]  # {'evaluator/metric': {'value', 'chance'}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One run: {key: text of the swept value}, its results, or why it has none."""
+
+    swept: dict[str, str]
+    results: Results
+    error: str = ""
+
+    def told(self, metric: str | None) -> str:
+        if self.error or metric not in self.results:
+            return f"failed, {self.error}"
+        return f"{metric} = {cell(self.results[metric])}"
+
+
+def first_metric(results: Results) -> str:
+    """The first that has a chance level."""
+    with_chance = [name for name, numbers in results.items() if numbers["chance"] is not None]
+    return (with_chance or list(results))[0]
+
+
+def cell(numbers: dict[str, float | None]) -> str:
+    value, chance = numbers["value"], numbers["chance"]
+    return f"{value:.4g}" if chance is None else f"{value:.4g} (chance {chance:.3g})"
+
+
+def write(rows: list[Row], metric: str | None, workdir: pathlib.Path) -> list[pathlib.Path]:
+    """The three files, or the two tables where no run has results."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys(name for row in rows for name in row.results))
+    paths = [workdir / "sweep.csv", workdir / "sweep.md"]
+    _write_csv(rows, names, paths[0])
+    _write_markdown(rows, names, paths[1])
+    if metric:
+        paths.append(workdir / "sweep.png")
+        _write_plot(rows, metric, paths[2])
+    return paths
+
+
+def _write_csv(rows: list[Row], names: list[str], path: pathlib.Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        chances = [f"{name} chance" for name in names]
+        writer.writerow([*rows[0].swept, *names, *chances, "error"])
+        for row in rows:
+            numbers = [row.results.get(name, {}) for name in names]
+            values = [n.get("value") for n in numbers] + [n.get("chance") for n in numbers]
+            writer.writerow([*row.swept.values(), *values, row.error])
+
+
+def _write_markdown(rows: list[Row], names: list[str], path: pathlib.Path) -> None:
+    header = [*rows[0].swept, *names]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        cells = [cell(row.results[name]) if name in row.results else "failed" for name in names]
+        lines.append([*row.swept.values(), *cells])
+    text = "".join(f"| {' | '.join(c.replace('|', '/') for c in line)} |\n" for line in lines)
+    path.write_text(text)
+
+
+def _write_plot(rows: list[Row], metric: str, path: pathlib.Path) -> None:
+    """The metric against the first numeric key (else the first), a line for each other setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if metric in row.results]
+    key = _x_key(rows)
+    numeric = all(map(_is_number, (row.swept[key] for row in rows)))
+    labels = list(dict.fromkeys(row.swept[key] for row in rows))
+
+    def x_of(row: Row) -> float:
+        return float(row.swept[key]) if numeric else labels.index(row.swept[key])
+
+    lines: dict[str, list[tuple[float, float]]] = {}
+    chances = set()
+    for row in rows:
+        others = ", ".join(f"{k} = {v}" for k, v in row.swept.items() if k != key)
+        numbers = row.results[metric]
+        lines.setdefault(others, []).append((x_of(row), numbers["value"]))
+        if numbers["chance"] is not None:
+            chances.add((x_of(row), numbers["chance"]))
+    fig, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for (others, points), marker in zip(lines.items(), "osD^vP*X<>" * len(lines)):
+        ax.plot(*zip(*sorted(points)), marker=marker, label=others or None)
+    if len({chance for _, chance in chances}) == 1:
+        ax.axhline(next(iter(chances))[1], color="gray", linestyle="--", label="chance")
+    elif chances:
+        ax.plot(*zip(*sorted(chances)), color="gray", linestyle="--", label="chance")
+    ticks = sorted({x_of(row) for row in rows})
+    if numeric and _spans_doublings(ticks):
+        ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [f"{x:g}" for x in ticks] if numeric else labels)
+    ax.minorticks_off()
+    if all(value >= 0 for points in lines.values() for _, value in points):
+        ax.set_ylim(bottom=0)
+    ax.set_xlabel(key)
+    ax.set_ylabel(metric)
+    ax.grid(alpha=0.3)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend()
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def _x_key(rows: list[Row]) -> str:
+    keys = list(rows[0].swept)
+    numeric = [key for key in keys if all(_is_number(row.swept[key]) for row in rows)]
+    return (numeric or keys)[0]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _spans_doublings(values: list[float]) -> bool:
+    """A factor of 4 or more from end to end: as powers, not as a line."""
+    return values[0] > 0 and values[-1] >= 4 * values[0]
