@@ -11,7 +11,6 @@ syntax and the parsing of single values are its own (absl's parsers).
 """
 
 import dataclasses
-import difflib
 import inspect
 import json
 import os
@@ -32,7 +31,7 @@ from siglip.text import make_text
 from siglip.two_towers import make_model
 from siglip.vit import make_vit
 from trainers import config_file, durations, values
-from trainers.messages import listed, nearest, one_line, place, show
+from trainers.messages import close, listed, nearest, one_line, place, show
 from trainers.optimizer import OPTIMIZERS, SCHEDULES
 
 REQUIRED: Any = inspect.Parameter.empty  # the default of a key that has none
@@ -484,9 +483,9 @@ def _unknown(key: str, tree: dict[str, Any], *, flag: bool = False) -> str:
             chosen = "none was chosen" if chosen is REQUIRED else f"not of {chosen!r}"
             return f"{told}: it is a key of {prefix}{choice}={' or '.join(owners)}, {chosen}"
     keys = [path for path, _ in _leaves(tree)]
-    near = [_join(_parent(key), name) for name in difflib.get_close_matches(_leaf(key), siblings)]
+    near = [_join(_parent(key), name) for name in close(_leaf(key), siblings)]
     near += [path for path in keys if _leaf(path) == _leaf(key)]
-    near += difflib.get_close_matches(key, keys)
+    near += close(key, keys)
     if near := list(dict.fromkeys(near))[:3]:
         return f"{told}; the nearest: {listed(prefix + path for path in near)}"
     if siblings:

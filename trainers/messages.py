@@ -8,10 +8,20 @@ from collections.abc import Iterable
 from typing import Any
 
 
+def close(name: str, names: Iterable[str]) -> list[str]:
+    """Up to three names like `name`, the best first, and none that is much less like it."""
+
+    def likeness(other: str) -> float:
+        return difflib.SequenceMatcher(None, other, name).ratio()
+
+    found = difflib.get_close_matches(name, names)
+    return [other for other in found if likeness(other) > likeness(found[0]) - 0.15]
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Up to three names like `name`, or all where none is like it."""
+    """The close ones, or all where none is."""
     names = list(names)
-    return listed(difflib.get_close_matches(name, names) or names)
+    return listed(close(name, names) or names)
 
 
 def listed(names: Iterable[str]) -> str:

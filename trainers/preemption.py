@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run at the next step, with a checkpoint; all processes at the same one."""
+"""Ctrl-C and SIGTERM end a run at the next step, all processes at the same one."""
 
 import os
 import signal

@@ -61,15 +61,11 @@ def find_start(workdir: str, resume: str | None = None, init: str | None = None)
 
 
 def steps_on_disk(root: pathlib.Path) -> list[int]:
-    """Steps with a committed directory, newest first. A step still being written has another name
-    (or no commit mark, on storage without atomic renames) and does not count."""
+    """Committed steps, newest first. A step still being written has another name, until one rename
+    commits it."""
     if not root.is_dir():
         return []
-    committed = (
-        int(path.name)
-        for path in root.iterdir()
-        if path.name.isdecimal() and path.is_dir() and ocp.path.step.is_path_finalized(path)
-    )
+    committed = (int(p.name) for p in root.iterdir() if p.name.isdecimal() and p.is_dir())
     return sorted(committed, reverse=True)
 
 

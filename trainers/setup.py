@@ -14,7 +14,7 @@ from input_pipeline import SOURCES, TOKENIZERS
 from input_pipeline.errors import UserError
 from input_pipeline.transforms import Preprocess, make_preprocess
 from siglip.losses import Loss
-from siglip.sharding import make_mesh
+from siglip.sharding import make_mesh, params_sharding
 from siglip.two_towers import TwoTowers, make_model
 from trainers import durations
 
@@ -94,19 +94,52 @@ def check_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def make_to_steps(config: ConfigDict, examples_per_epoch: int):
-    """(duration, key) -> steps; the total itself is `to_steps(config.total, 'total')`."""
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The durations of a run in steps."""
 
-    def to_steps(text: str, key: str, total_steps: int | None = None) -> int | None:
+    epoch: int  # examples
+    total: int
+    save_every: int | None
+    keep_every: int | None
+    evals: dict[str, int | None]  # None: only at the end
+
+
+def make_plan(config: ConfigDict, examples_per_epoch: int) -> Plan:
+    """Raises UserError for a duration that is none, or a run without steps."""
+    if examples_per_epoch < 1:
+        raise UserError("config.input.source holds no examples")
+
+    def steps(text: str, key: str, total: int | None = None) -> int | None:
         return durations.to_steps(
             text,
             batch_size=config.input.batch_size,
             examples_per_epoch=examples_per_epoch,
-            total_steps=total_steps,
-            key=key,
+            total_steps=total,
+            key=f"config.{key}",
         )
 
-    return to_steps
+    total = steps(config.total, "total")
+    if not total:
+        raise UserError(f"config.total={config.total!r} is no step at all")
+    if config.log_every < 1:
+        raise UserError(f"config.log_every={config.log_every} must be at least 1")
+    return Plan(
+        examples_per_epoch,
+        total,
+        steps(config.checkpoint.every, "checkpoint.every", total),
+        steps(config.checkpoint.keep_every, "checkpoint.keep_every", total),
+        {k: steps(v.every, f"evals.{k}.every", total) for k, v in config.evals.items()},
+    )
+
+
+def sharded(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes with the sharding that params_sharding gives them."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract,
+        params_sharding(abstract, mesh),
+    )
 
 
 def chosen(components: dict[str, Any], block: ConfigDict) -> Any:
