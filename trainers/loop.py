@@ -102,7 +102,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Results:
         evals=plan.evals,
     )
     progress = Progress(clock, is_main=is_main)
-    run = Run(things, workdir, plan, evaluators, checkpoints, writer, clock, progress, position)
+    run = Run(things, workdir, plan, evaluators, checkpoints, writer, clock, progress)
     _introduce(run, source, state, first, told)
     update = contrastive.make_update(
         things.model,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from siglip.logit_stats import logit_stats
 from siglip.sharding import make_mesh
 

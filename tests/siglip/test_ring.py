@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
 from siglip import losses, ring
 
 MESHES = [(1,), (2,), (3,), (4,), (8,), (2, 2), (4, 2)]

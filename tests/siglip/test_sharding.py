@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
+
 from siglip.sharding import make_mesh, params_sharding
 
 

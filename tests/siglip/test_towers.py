@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from siglip import transformer
 from siglip.two_towers import make_model
 

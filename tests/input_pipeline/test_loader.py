@@ -1,0 +1,150 @@
+"""The order of examples is a function of (seed, step) and of nothing else."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from input_pipeline import loader
+
+
+class Preprocess:
+    """Puts the example's index, and a draw of its generator, where image and text would be."""
+
+    def example(self, example, rng):
+        text = np.array([example, rng.integers(2**31)], np.int32)
+        return {"image": np.zeros((1, 1, 3), np.uint8), "text": text, "mask": np.True_}
+
+
+def stream(examples=10, batch_size=4, steps=12, seed=0, **options):
+    options = {"num_threads": 2} | options
+    with loader.train_batches(
+        range(examples), Preprocess(), batch_size=batch_size, seed=seed, **options
+    ) as batches:
+        return [next(batches) for _ in range(steps)]
+
+
+def texts(batches) -> np.ndarray:
+    return np.concatenate([batch["text"] for batch in batches])
+
+
+@pytest.mark.parametrize("examples", [1, 2, 7, 10, 64])
+def test_every_epoch_is_a_permutation_and_epochs_differ(examples):
+    order = texts(stream(examples, batch_size=4, steps=4 * examples))[:, 0]
+    epochs = order[: 16 * examples].reshape(16, examples)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(examples))
+    assert len({tuple(epoch) for epoch in epochs}) >= min(examples, 8)
+
+
+def test_threads_change_nothing():
+    one = texts(stream(num_threads=1, prefetch=1))
+    for num_threads in (2, 5):
+        np.testing.assert_array_equal(one, texts(stream(num_threads=num_threads, prefetch=3)))
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_see_the_rows_of_the_same_global_batches(processes):
+    whole = stream()
+    parts = [stream(process_index=p, process_count=processes) for p in range(processes)]
+    for key in ("text", "position"):
+        for step, batch in enumerate(whole):
+            together = np.concatenate([part[step][key] for part in parts])
+            np.testing.assert_array_equal(together, batch[key])
+
+
+def test_the_stream_resumed_at_any_step_is_the_suffix():
+    whole = stream(examples=10, batch_size=4, steps=12)  # epochs end inside batches
+    for start in range(12):
+        rest = stream(examples=10, batch_size=4, steps=12 - start, start_step=start)
+        np.testing.assert_array_equal(texts(rest), texts(whole[start:]))
+
+
+def test_seeds_and_epochs_draw_different_randomness():
+    first, other = texts(stream(seed=0)), texts(stream(seed=1))
+    assert (first[:, 0] != other[:, 0]).any()
+    draws = first[:, 1]
+    assert len(set(draws)) == len(draws)
+
+
+def test_step_a_million_is_reached_without_reading_what_lies_before():
+    read = []
+
+    class Source:
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, i):
+            read.append(i)
+            return i
+
+    with loader.train_batches(
+        Source(), Preprocess(), batch_size=8, seed=0, start_step=10**6, num_threads=1, prefetch=1
+    ) as batches:
+        assert next(batches)["position"].tolist() == list(range(8 * 10**6, 8 * 10**6 + 8))
+        assert len(read) <= 8 * 4
+
+
+def test_eval_batches_hold_each_example_once_on_any_number_of_processes():
+    for processes in (1, 2, 4):
+        for examples in (1, 4, 9, 16):
+            parts = [
+                list(
+                    loader.eval_batches(
+                        list(range(examples)),
+                        lambda i: {"x": np.array([i + 1, 7])},
+                        batch_size=8,
+                        process_index=p,
+                        process_count=processes,
+                    )
+                )
+                for p in range(processes)
+            ]
+            assert len({len(part) for part in parts}) == 1
+            seen = []
+            for batches in zip(*parts):
+                x = np.concatenate([b["x"] for b in batches])
+                mask = np.concatenate([b["mask"] for b in batches])
+                assert x.shape == (8, 2) and mask.shape == (8,)
+                assert not x[~mask].any()
+                seen += x[mask][:, 0].tolist()
+            assert seen == [i + 1 for i in range(examples)]
+
+
+def test_what_an_example_raises_is_raised_by_next():
+    def broken(i):
+        raise KeyError(f"example {i}")
+
+    with (
+        loader.eval_batches([0, 1], broken, batch_size=2) as batches,
+        pytest.raises(KeyError, match="example 0"),
+    ):
+        next(batches)
+
+
+def test_close_ends_the_threads_even_while_they_work():
+    before = threading.active_count()
+
+    class Slow(Preprocess):
+        def example(self, example, rng):
+            time.sleep(0.01)
+            return super().example(example, rng)
+
+    batches = loader.train_batches(range(10), Slow(), batch_size=4, seed=0, num_threads=4)
+    next(batches)
+    batches.close()
+    batches.close()
+    deadline = time.monotonic() + 30
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert threading.active_count() <= before
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="batch_size 6 does not divide over 4 processes"):
+        stream(batch_size=6, process_count=4)
+    with pytest.raises(ValueError, match="the source has no examples"):
+        stream(examples=0)
