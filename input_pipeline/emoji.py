@@ -1,0 +1,133 @@
+"""Emoji pictures with their names in many languages: a small, real, multilingual set.
+
+Reads two layouts of a folder, told apart by the files in it:
+  images.zip, images.jsonl (id, file, group, split), captions/<language>.tsv (id, name, keywords)
+  images.zip, captions.jsonl (id, file, group, split, captions: {language: name})
+Pictures: Noto Emoji. Names and keywords: Unicode CLDR annotations.
+"""
+
+import json
+import pathlib
+
+from input_pipeline.archive import Archive
+from input_pipeline.errors import UserError
+
+EXPECTED = "images.zip with images.jsonl and captions/<language>.tsv, or with captions.jsonl"
+
+
+class Emoji:
+    """One example for each picture that has a name in any of the languages.
+
+    `texts` are its names, one for each language that has one, in the order of `languages`;
+    `label` is one of the 8 groups in `class_names`, such as 'Food & Drink'. The image is the PNG,
+    unchanged, mostly with transparency.
+
+    Args:
+      data_dir: folder of one of the layouts above.
+      languages: such as ('en', 'de') or 'en,de', or 'all' that the folder has.
+      split: 'train' or 'val'.
+      keywords: adds one more text for each language, its keywords, as in 'face, happy, smile'.
+
+    Raises:
+      UserError: a folder, file, language, split or picture is missing.
+    """
+
+    def __init__(
+        self,
+        *,
+        data_dir: str,
+        languages: tuple | str = ("en",),
+        split: str = "train",
+        keywords: bool = False,
+    ):
+        folder = pathlib.Path(data_dir).expanduser()
+        separate = (folder / "images.jsonl").is_file()
+        table = folder / ("images.jsonl" if separate else "captions.jsonl")
+        if not data_dir or not table.is_file() or not (folder / "images.zip").is_file():
+            raise UserError(
+                f"emoji: data_dir {data_dir!r} is not the emoji set, "
+                f"pass a folder that has {EXPECTED}"
+            )
+        self._images = Archive(folder / "images.zip")
+        rows = _read_jsonl(table, ("id", "file", "group", "split"))
+        if separate:
+            present = sorted(p.stem for p in (folder / "captions").glob("*.tsv"))
+        else:
+            present = sorted({language for row in rows for language in row["captions"]})
+        self.languages = _choose(languages, present)
+        if keywords and not separate:
+            raise UserError(f"emoji: {table} has no keywords, set keywords=False")
+        texts = {row["id"]: [] for row in rows}
+        for language in self.languages:
+            if separate:
+                _add_tsv(texts, folder / "captions" / f"{language}.tsv", keywords)
+            else:
+                for row in rows:
+                    texts[row["id"]] += [row["captions"][language]] * (language in row["captions"])
+
+        splits = sorted({row["split"] for row in rows})
+        if split not in splits:
+            raise UserError(f"emoji: split {split!r} does not exist, {table} has {splits}")
+        missing = [row["file"] for row in rows if row["file"] not in self._images.members]
+        if missing:
+            raise UserError(
+                f"emoji: {folder / 'images.zip'} lacks {len(missing)} pictures that {table.name} "
+                f"lists, first {missing[0]!r}; copy the folder again"
+            )
+        self.class_names = sorted({row["group"] for row in rows})  # of all splits
+        self._rows = [row for row in rows if row["split"] == split and texts[row["id"]]]
+        self._texts = [texts[row["id"]] for row in self._rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> dict:
+        row = self._rows[i]
+        return {
+            "image": self._images.read(row["file"]),
+            "texts": list(self._texts[i]),
+            "label": self.class_names.index(row["group"]),
+            "id": f"images.zip/{row['file']}",
+        }
+
+
+def _choose(languages: tuple | str, present: list[str]) -> tuple:
+    if languages == "all":
+        return tuple(present)
+    languages = tuple(languages.split(",") if isinstance(languages, str) else languages)
+    unknown = [language for language in languages if language not in present]
+    if unknown or not languages:
+        wrong = f"does not have {', '.join(unknown)}" if unknown else "needs at least one"
+        raise UserError(f"emoji: languages {wrong}, choose 'all' or from {', '.join(present)}")
+    return languages
+
+
+def _read_jsonl(path: pathlib.Path, fields: tuple) -> list[dict]:
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                lacking = [field for field in fields if field not in row]
+            except ValueError:
+                raise UserError(f"{path}, line {number}: not JSON, copy the file again") from None
+            if lacking:
+                raise UserError(f"{path}, line {number}: lacks the field {lacking[0]!r}")
+            rows.append(row)
+    return rows
+
+
+def _add_tsv(texts: dict[str, list[str]], path: pathlib.Path, keywords: bool) -> None:
+    # By hand: quotation marks in names are just characters, and so are odd line separators.
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    for number, line in enumerate(lines[1:], 2):
+        fields = line.split("\t")
+        if len(fields) != 3 or fields[0] not in texts:
+            raise UserError(
+                f"{path}, line {number}: {line[:40]!r} is not a known id, a name and keywords"
+            )
+        _, name, words = fields
+        if name:
+            texts[fields[0]].append(name)
+        if keywords and words:
+            texts[fields[0]].append(words.replace("|", ", "))
