@@ -130,7 +130,7 @@ FULL_DISK = ValueError("OUT_OF_RANGE: Failed writing\nto a full disk")
 
 def test_a_failed_background_write_surfaces_and_leaves_no_phantom(tmp_path, make, monkeypatch):
     saved(tmp_path, 10)
-    checkpoints = make()
+    checkpoints = make(keep_last=1)
     with monkeypatch.context() as patch:
         slow_write(patch, FULL_DISK).set()
         checkpoints.save(20, make_state(20), DATA)
@@ -143,6 +143,7 @@ def test_a_failed_background_write_surfaces_and_leaves_no_phantom(tmp_path, make
     assert checkpoints.latest_step() == 10
     assert checkpoints.save(20, make_state(20), DATA)  # the disk has room again
     assert_same(checkpoints.restore(abstract())[0], make_state(20))
+    assert on_disk(checkpoints.directory) == [20]  # 10 was not forgotten meanwhile
 
 
 def test_a_failed_write_surfaces_at_the_next_save_and_at_close(make, monkeypatch):
@@ -157,7 +158,7 @@ def test_a_failed_write_surfaces_at_the_next_save_and_at_close(make, monkeypatch
 
 def test_what_was_half_written_is_removed_at_the_start(tmp_path, make):
     directory = saved(tmp_path, 10)
-    stale = directory / "20.orbax-checkpoint-tmp"
+    stale = directory / "15.orbax-checkpoint-tmp"
     shutil.copytree(directory / "10", stale)
     again = make()
     assert again.latest_step() == 10

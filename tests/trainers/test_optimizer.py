@@ -141,14 +141,15 @@ def numpy_adafactor(grads, b1=0.9, cap=0.95, rate=0.8, min_dim=32):
     return direction
 
 
-@pytest.mark.parametrize("cap", [0.95, 0.5])  # step 3 on: 1 - 3^-0.8 > 0.5, so this cap bites
-def test_adafactor_is_its_numpy_definition(cap):
-    config = make_config(
-        lr=1.0, wd=0.0, optimizer={"name": "adafactor", "beta2_cap": cap}, wd_mults=NONE
-    )
+# The cap bites where 1 - (step + 1)^-0.8 passes it: 0.5 from step 2, the default 0.95 from step 42.
+@pytest.mark.parametrize(
+    ("options", "cap", "steps"), [({"beta2_cap": 0.5}, 0.5, 6), ({}, 0.95, 60)]
+)
+def test_adafactor_is_its_numpy_definition(options, cap, steps):
+    config = make_config(lr=1.0, wd=0.0, optimizer={"name": "adafactor"} | options)
     params = make_params()
     tx, _ = make_tx(config, params)
-    state, grads = tx.init(params), [make_params(seed) for seed in range(1, 7)]
+    state, grads = tx.init(params), [make_params(seed) for seed in range(1, steps + 1)]
     for grad in grads:
         updates, state = tx.update(grad, state, params)
     flat = [jax.tree.leaves(grad) for grad in grads]
@@ -156,7 +157,7 @@ def test_adafactor_is_its_numpy_definition(cap):
         expected = numpy_adafactor([np.asarray(grad[i]) for grad in flat], cap=cap)
         # A momentum on the border of two bf16 values may be rounded the other way: 2^-8 of it.
         error = np.abs(-update - expected)
-        assert np.mean(error > 2e-6) < 0.01
+        assert np.mean(error > 2e-6) < 0.03
         assert np.all(error <= 2e-6 + 2**-7 * np.abs(expected).max())
 
 
