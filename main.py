@@ -5,7 +5,9 @@ import difflib
 import os
 import pathlib
 import re
+import signal
 import sys
+import traceback
 from typing import NoReturn
 
 DONE, MISTAKE, INTERRUPTED, DIVERGED = 0, 2, 85, 87
@@ -73,43 +75,61 @@ def main(argv: list[str]) -> int:
     check_flags(parser, flags, rest)
     try:
         # Only now, as it takes seconds.
-        import jax
-
         import trainers
         from input_pipeline.errors import UserError
-        from trainers import config as configs
         from trainers import distributed
         from trainers.loop import Diverged, Interrupted
     except KeyboardInterrupt:
         return told(INTERRUPTED, "interrupted; run the same command again")
     try:
-        overrides, rest = configs.split_overrides(rest)
-        if rest:
-            raise UserError(f"unexpected argument {rest[0]!r}; settings are --config.key=value")
-        if flags.config:
-            config = configs.load(flags.config, overrides)
-        else:
-            config = configs.read(flags.workdir, overrides)
-        configs.check_workdir(config, flags.workdir)
-        if config.mesh.cpu_devices:
-            jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-        decision = distributed.decide(
-            os.environ,
-            mode=flags.distributed,
-            coordinator_address=flags.coordinator_address,
-            num_processes=flags.num_processes,
-            process_id=flags.process_id,
-        )
+        config, decision = checked(flags, rest)
+    except UserError as mistake:
+        return told(MISTAKE, f"error: {mistake}")
+    try:
         distributed.start(decision, heartbeat_timeout=flags.heartbeat_timeout)
         run = trainers.evaluate if flags.eval_only else trainers.train
         run(config, flags.workdir)
     except UserError as mistake:
-        return told(MISTAKE, f"error: {mistake}")
+        return distributed.leave(decision, told(MISTAKE, f"error: {mistake}"))
     except (Interrupted, KeyboardInterrupt) as stop:
-        return told(INTERRUPTED, f"{stop or 'interrupted'}; run the same command again to go on")
+        what = str(stop) or "interrupted"
+        return told(INTERRUPTED, f"{what}; run the same command again to go on")
     except Diverged as end:
         return told(DIVERGED, f"diverged: {end}")
+    except Exception:
+        if decision.join:
+            traceback.print_exc()
+            distributed.leave(decision, 1)
+        raise
     return DONE
+
+
+def checked(flags: argparse.Namespace, rest: list[str]):
+    """The config, which fits the workdir, and the other processes; UserError before any work."""
+    import jax
+
+    from input_pipeline.errors import UserError
+    from trainers import config as configs
+    from trainers import distributed
+
+    overrides, rest = configs.split_overrides(rest)
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; settings are --config.key=value")
+    if flags.config:
+        config = configs.load(flags.config, overrides)
+    else:
+        config = configs.read(flags.workdir, overrides)
+    configs.check_workdir(config, flags.workdir)
+    decision = distributed.decide(
+        os.environ,
+        mode=flags.distributed,
+        coordinator_address=flags.coordinator_address,
+        num_processes=flags.num_processes,
+        process_id=flags.process_id,
+    )
+    if config.mesh.cpu_devices:
+        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    return config, decision
 
 
 def check_flags(parser: Parser, flags: argparse.Namespace, rest: list[str]) -> None:
@@ -134,4 +154,7 @@ def told(code: int, line: str) -> int:
 
 
 if __name__ == "__main__":
+    # Where nobody saves on SIGTERM (imports, set-up, evaluation), it ends the run as Ctrl-C does.
+    # JAX's own notifier of several processes is installed later, and so replaces this.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

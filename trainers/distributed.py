@@ -7,7 +7,10 @@ that says why, and `start` does it.
 """
 
 import dataclasses
+import os
 import re
+import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -85,6 +88,24 @@ def start(decision: Decision, *, heartbeat_timeout: int = 100) -> None:
         cluster_detection_method="deactivate",
         heartbeat_timeout_seconds=heartbeat_timeout,
     )
+
+
+def leave(decision: Decision, code: int) -> int:
+    """Ends this process for an error that the others may not have (a file that only its host
+    lacks). A process on its own gets the code back.
+
+    The usual end waits up to five minutes for the others, who may be waiting for this one; so they
+    notice at once.
+    """
+    if not decision.join:
+        return code
+    import jax
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if (jax.process_index() if decision.auto else decision.process_id) == 0:
+        time.sleep(5)  # with the coordinator the others die: let them tell their error first
+    os._exit(code)
 
 
 def decide(

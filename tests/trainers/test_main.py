@@ -1,0 +1,147 @@
+"""The command line: what it passes on, its exit codes, and mistakes in one line."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import main as program
+import trainers
+from input_pipeline.errors import UserError
+from trainers import config as configs
+from trainers import loop
+
+MAIN = pathlib.Path(program.__file__)
+CONFIG = """\
+from ml_collections import ConfigDict
+
+
+def get_config(batch_size=32):
+    return ConfigDict({"input": {"batch_size": batch_size, "source": {"name": "scenes"}}})
+"""
+
+
+@pytest.fixture
+def called(tmp_path, monkeypatch) -> list:
+    """What trainers.train and .evaluate are called with, in a folder with one config."""
+    calls = []
+    for name in ("train", "evaluate"):
+        monkeypatch.setattr(trainers, name, lambda *args, name=name: calls.append((name, *args)))
+    for variable in ("JAX_COORDINATOR_ADDRESS", "SLURM_JOB_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("configs").mkdir()
+    pathlib.Path("configs/tiny.py").write_text(CONFIG)
+    return calls
+
+
+def run(command: str) -> int:
+    """The exit code of main.py."""
+    try:
+        return program.main(command.split())
+    except SystemExit as stop:
+        return stop.code
+
+
+COMMAND = "--config=configs/tiny.py:batch_size=8 --workdir=w"
+
+
+def test_training_gets_the_complete_config_and_the_workdir(called, capsys):
+    assert run(f"{COMMAND} --config.lr 0.5 --config.loss.name=softmax") == program.DONE
+    ((name, config, workdir),) = called
+    assert (name, workdir) == ("train", "w")
+    assert (config.input.batch_size, config.lr, config.loss.name) == (8, 0.5, "softmax")
+    assert capsys.readouterr().out == "distributed: no, one process (nothing asks for more)\n"
+
+
+def test_eval_only_reads_the_config_of_the_workdir(called):
+    configs.save(configs.load("configs/tiny.py", [("seed", "7")]), "w")
+    assert run("--eval_only --workdir w --config.log_every=3") == program.DONE
+    ((name, config, workdir),) = called
+    assert (name, workdir, config.seed, config.log_every) == ("evaluate", "w", 7, 3)
+    assert run("--eval_only --workdir w --config configs/tiny.py --config.seed=7") == program.DONE
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "told"),
+    [
+        (UserError("no image 'a.png' in b.zip"), 2, "error: no image 'a.png' in b.zip"),
+        (loop.Interrupted("stopped at step 3"), 85, "stopped at step 3; run the same command "),
+        (KeyboardInterrupt(), 85, "interrupted; run the same command again to go on"),
+        (loop.Diverged("loss is nan at step 3"), 87, "diverged: loss is nan at step 3"),
+    ],
+)
+def test_how_a_run_ends_is_an_exit_code_and_a_line(called, capsys, monkeypatch, raised, code, told):
+    def train(config, workdir):
+        raise raised
+
+    monkeypatch.setattr(trainers, "train", train)
+    assert run(COMMAND) == code
+    err = capsys.readouterr().err
+    assert err.startswith(told) and err.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(called, monkeypatch):
+    def train(config, workdir):
+        raise ValueError("not the user's fault")
+
+    monkeypatch.setattr(trainers, "train", train)
+    with pytest.raises(ValueError, match="not the user's fault"):
+        run(COMMAND)
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("", "pass --config, one of configs/tiny.py; see --help"),
+        ("--config configs/tiny.py", "pass --workdir, .* such as --workdir runs/tiny"),
+        ("--eval_only", "pass --workdir"),
+        ("--config configs/tiny.py:batch_size=3", "such as --workdir runs/tiny"),
+        (f"{COMMAND} --word_dir=x", "unknown flag --word_dir; the nearest: --workdir"),
+        (f"{COMMAND} --confg.lr=3", "unknown flag --confg.lr; the nearest: --config"),
+        (f"{COMMAND} lr=3", "unexpected argument 'lr=3'; settings are --config.key=value"),
+        (f"{COMMAND} --config.lrr=3", "unknown key --config.lrr; the nearest: --config.lr"),
+        (f"{COMMAND} --config.lr=x", "--config.lr=x is not a float"),
+        ("--config=configs/tyny.py --workdir=w", "there is no such file; the nearest: configs/ti"),
+        ("--config=configs/tiny.py:batchsize=2 --workdir=w", "no argument 'batchsize'; .* batch_s"),
+        (f"{COMMAND} --num_processes 2", "each needs --coordinator_address"),
+        (f"{COMMAND} --num_processes two", "argument --num_processes: invalid int value: 'two'"),
+        (f"{COMMAND} --distributed maybe", "invalid choice: 'maybe'"),
+        ("--eval_only --workdir=none", "none holds no run: there is no config.json in it"),
+    ],
+)
+def test_mistakes_are_one_line_with_exit_code_2_before_any_work(called, capsys, command, told):
+    assert run(command) == program.MISTAKE
+    shown = capsys.readouterr()
+    assert re.match("error: .*" + told, shown.err) and shown.err.count("\n") == 1
+    assert shown.out == "" and called == []
+    assert not pathlib.Path("w").exists()
+
+
+def test_a_workdir_with_another_run_is_refused_before_any_work(called, capsys):
+    configs.save(configs.load("configs/tiny.py"), "w")
+    for flag in ("", " --eval_only"):
+        assert run(COMMAND + flag) == program.MISTAKE
+        assert "input.batch_size: there 32, here 8" in capsys.readouterr().err
+    assert called == []
+
+
+def test_help_is_a_screen(capsys):
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 45 and "--eval_only" in text and "exit codes" in text
+
+
+def test_as_a_program_a_mistake_leaves_one_line_and_nothing_else(tmp_path):
+    (tmp_path / "tiny.py").write_text(CONFIG)
+    command = [sys.executable, str(MAIN), f"--config={tmp_path}/tiny.py", "--workdir=w"]
+    done = subprocess.run(
+        [*command, "--config.input.bach_size=3"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (program.MISTAKE, "")
+    assert done.stderr == (
+        "error: unknown key --config.input.bach_size; the nearest: --config.input.batch_size\n"
+    )
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] in ([], ["__pycache__"])
