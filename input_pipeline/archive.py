@@ -1,41 +1,87 @@
-"""A zip file that many threads read at once."""
+"""Zip files read from many threads at once.
 
-import pathlib
-import threading
+zipfile shares one file position and an unguarded reference count between threads. Here only the
+directory is read by it; members are read at their place in the file, without any shared state.
+"""
+
+import os
+import struct
+import weakref
 import zipfile
+import zlib
 
 from input_pipeline.errors import UserError
 
 
-class Archive:
-    """Members of a zip file, unchanged.
-
-    Args:
-      path: the zip file, which stays open as long as this object lives.
+class Zip:
+    """Members of a zip file by name, stored or deflated.
 
     Raises:
-      UserError: the file is missing or is not a zip file.
+      UserError: it is no zip file, or a member is encrypted or compressed otherwise.
     """
 
-    def __init__(self, path: str | pathlib.Path):
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
         try:
-            self._zip = zipfile.ZipFile(path)
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist") from None
-        except (zipfile.BadZipFile, OSError) as e:
-            raise UserError(f"{path} cannot be read as a zip file ({e}), copy it again") from None
-        # ZipFile counts its open members without a lock, and closes the file when the count is 0.
-        self._lock = threading.Lock()
-        self.members = frozenset(self._zip.namelist())
+            with zipfile.ZipFile(self.path) as archive:
+                infos = archive.infolist()
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.path} cannot be read as a zip file ({error})") from error
+        for info in infos:
+            stored = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            if not stored or info.flag_bits & 1:
+                raise UserError(
+                    f"{self.path}: member {info.filename} is encrypted or compressed by a method "
+                    "other than 'stored' or 'deflated'; pack it again with `zip -0`"
+                )
+        # Only what reading needs, as tuples: an archive may have millions of members.
+        self._members = {
+            i.filename: (i.header_offset, i.compress_size, i.file_size, i.compress_type, i.CRC)
+            for i in infos
+            if not i.is_dir()
+        }
+        self._file = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
 
-    def read(self, member: str) -> bytes:
-        """The bytes of a member. KeyError: there is none of that name."""
-        with self._lock:
-            return self._zip.read(member)
+    def __contains__(self, name: str) -> bool:
+        return name in self._members
 
-    def close(self) -> None:
-        self._zip.close()
+    def __len__(self) -> int:
+        return len(self._members)
 
-    def __del__(self):
-        if hasattr(self, "_zip"):
-            self._zip.close()
+    def names(self) -> list[str]:
+        return list(self._members)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a member.
+
+        Raises:
+          KeyError: there is no such member.
+          zipfile.BadZipFile: its bytes are damaged.
+        """
+        offset, packed_size, size, method, crc = self._members[name]
+        header = self._read_at(30, offset)
+        if header[:4] != b"PK\3\4":
+            raise zipfile.BadZipFile(f"{self.path}/{name}: no header")
+        # The header's own lengths: its extra field may differ from the directory's.
+        start = offset + 30 + sum(struct.unpack_from("<HH", header, 26))
+        data = self._read_at(packed_size, start)
+        if method == zipfile.ZIP_DEFLATED:
+            unpack = zlib.decompressobj(-15)
+            try:
+                data = unpack.decompress(data, size + 1)  # no more than the directory promised
+            except zlib.error as error:
+                raise zipfile.BadZipFile(f"{self.path}/{name}: {error}") from error
+        if len(data) != size or zlib.crc32(data) != crc:
+            raise zipfile.BadZipFile(f"{self.path}/{name}: damaged")
+        return data
+
+    def _read_at(self, size: int, offset: int) -> bytes:
+        parts = []
+        while size:  # one call may return less, e.g. over a network file system
+            part = os.pread(self._file, size, offset)
+            if not part:
+                raise zipfile.BadZipFile(f"{self.path}: ends too early")
+            parts.append(part)
+            size, offset = size - len(part), offset + len(part)
+        return b"".join(parts)

@@ -9,7 +9,7 @@ Pictures: Noto Emoji. Names and keywords: Unicode CLDR annotations.
 import json
 import pathlib
 
-from input_pipeline.archive import Archive
+from input_pipeline.archive import Zip
 from input_pipeline.errors import UserError
 
 EXPECTED = "images.zip with images.jsonl and captions/<language>.tsv, or with captions.jsonl"
@@ -48,7 +48,7 @@ class Emoji:
                 f"emoji: data_dir {data_dir!r} is not the emoji set, "
                 f"pass a folder that has {EXPECTED}"
             )
-        self._images = Archive(folder / "images.zip")
+        self._images = Zip(folder / "images.zip")
         rows = _read_jsonl(table, ("id", "file", "group", "split"))
         if separate:
             present = sorted(p.stem for p in (folder / "captions").glob("*.tsv"))
@@ -68,7 +68,7 @@ class Emoji:
         splits = sorted({row["split"] for row in rows})
         if split not in splits:
             raise UserError(f"emoji: split {split!r} does not exist, {table} has {splits}")
-        missing = [row["file"] for row in rows if row["file"] not in self._images.members]
+        missing = [row["file"] for row in rows if row["file"] not in self._images]
         if missing:
             raise UserError(
                 f"emoji: {folder / 'images.zip'} lacks {len(missing)} pictures that {table.name} "

@@ -8,7 +8,7 @@ import csv
 import json
 import pathlib
 
-from input_pipeline.archive import Archive
+from input_pipeline.archive import Zip
 from input_pipeline.errors import UserError
 
 FILES = ("images.zip", "images.tsv", "classes.jsonl")
@@ -46,13 +46,13 @@ class Grocery:
                 f"grocery: data_dir {data_dir!r} is not the grocery set, "
                 f"pass a folder that has {', '.join(FILES)}"
             )
-        self._images = Archive(folder / "images.zip")
+        self._images = Zip(folder / "images.zip")
         classes = _read_classes(folder / "classes.jsonl")
         rows = _read_rows(folder / "images.tsv", classes)
         splits = sorted({row["split"] for row in rows})
         if split not in splits:
             raise UserError(f"grocery: split {split!r} does not exist, images.tsv has {splits}")
-        missing = [row["file"] for row in rows if row["file"] not in self._images.members]
+        missing = [row["file"] for row in rows if row["file"] not in self._images]
         if missing:
             raise UserError(
                 f"grocery: {folder / 'images.zip'} lacks {len(missing)} photos that images.tsv "
