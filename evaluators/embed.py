@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,13 +13,6 @@ from input_pipeline import device, loader
 from input_pipeline.errors import UserError
 from input_pipeline.transforms import BadImage
 from siglip.sharding import replicated
-
-
-class Examples(Protocol):
-    """A source, or any sequence: what random access needs."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, i: int, /) -> Any: ...
 
 
 class Embedder:
@@ -45,7 +38,7 @@ class Embedder:
 
         self._embed = jax.jit(embed, out_shardings=replicated(mesh))
 
-    def images(self, params, examples: Examples) -> Float[np.ndarray, "n d"]:
+    def images(self, params, examples: Sequence) -> Float[np.ndarray, "n d"]:
         """zimg of the examples, in their order."""
 
         def image_of(example: dict) -> dict:
@@ -55,14 +48,15 @@ class Embedder:
 
     def texts(self, params, tokens: "Tokens") -> Float[np.ndarray, "n d"]:
         """ztxt of the texts, in their order; equal texts get equal embeddings, to the last bit."""
-        return self.rows(params, tokens.distinct, lambda ids: {"text": ids})["z"][tokens.index]
+        rows = self.rows(params, list(tokens.distinct), lambda ids: {"text": ids})
+        return rows["z"][tokens.index]
 
-    def rows(self, params, examples: Examples, fn: Callable[[Any], dict]) -> dict[str, np.ndarray]:
+    def rows(self, params, examples: Sequence, fn: Callable[[Any], dict]) -> dict[str, np.ndarray]:
         """Embeds 'image' or 'text' of fn(example); every other array of it passes through.
 
         Args:
           params: of the model, in any placement on the mesh.
-          examples: the same on every process; each process asks for its share only.
+          examples: a source, or a list, the same on every process; each reads its share only.
           fn: runs in the loader's threads.
 
         Returns:
@@ -93,7 +87,7 @@ def _real_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {key: value[mask] for key, value in batch.items()}
 
 
-def host_batches(examples: Examples, fn: Callable, batch_size: int) -> Iterator[dict]:
+def host_batches(examples: Sequence, fn: Callable, batch_size: int) -> loader.Batches:
     """This process's rows of batches of `batch_size`; every example once, the last one padded."""
     if not len(examples):
         raise UserError("there is nothing to evaluate on: the source has no examples")
@@ -106,17 +100,18 @@ def host_batches(examples: Examples, fn: Callable, batch_size: int) -> Iterator[
     )
 
 
-def fetch(fn: Callable, params, batches: Iterator[dict], mesh: Mesh) -> Iterator:
+def fetch(fn: Callable, params, batches: loader.Batches, mesh: Mesh) -> Iterator:
     """Yields fn(params, global batch) as NumPy arrays, each while the devices work on the next.
 
     Never more than two run at once, so that memory stays bounded.
     """
     running = None
-    for batch in batches:
-        started = fn(params, device.to_device(batch, mesh))
-        if running is not None:
-            yield jax.tree.map(np.asarray, running)
-        running = started
+    with batches:  # an error leaves no threads behind
+        for batch in batches:
+            started = fn(params, device.to_device(batch, mesh))
+            if running is not None:
+                yield jax.tree.map(np.asarray, running)
+            running = started
     yield jax.tree.map(np.asarray, running)
 
 
