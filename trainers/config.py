@@ -24,6 +24,8 @@ from ml_collections import ConfigDict
 from evaluators import EVALUATORS
 from input_pipeline import SOURCES, TOKENIZERS
 from input_pipeline.errors import UserError
+from input_pipeline.loader import NUM_THREADS, PREFETCH
+from input_pipeline.nearest import nearest
 from input_pipeline.transforms import make_preprocess
 from siglip import LOSSES
 from siglip.sharding import make_mesh
@@ -31,7 +33,7 @@ from siglip.text import make_text
 from siglip.two_towers import make_model
 from siglip.vit import make_vit
 from trainers import config_file, durations, values
-from trainers.messages import close, listed, nearest, one_line, place, show
+from trainers.messages import close, listed, one_line, place, show
 from trainers.optimizer import OPTIMIZERS, SCHEDULES
 
 REQUIRED: Any = inspect.Parameter.empty  # the default of a key that has none
@@ -71,8 +73,8 @@ class Mesh:
 @dataclasses.dataclass(kw_only=True)
 class Input:
     batch_size: int = 256  # over all devices
-    num_threads: int = 8
-    prefetch: int = 4  # batches
+    num_threads: int = NUM_THREADS
+    prefetch: int = PREFETCH  # batches
     max_bad_fraction: float = 0.01
 
 
@@ -496,4 +498,4 @@ def _unknown(key: str, tree: dict[str, Any], *, flag: bool = False) -> str:
 
 def _check_component(name: Any, of: Mapping[str, Any], what: str) -> None:
     if name not in of:
-        raise UserError(f"{what} = {name!r} is unknown; the nearest: {nearest(str(name), of)}")
+        raise UserError(f"{what} = {name!r} is unknown; {nearest(str(name), of)}")

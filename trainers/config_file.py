@@ -15,8 +15,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from input_pipeline.errors import UserError
+from input_pipeline.nearest import nearest
 from trainers import values
-from trainers.messages import listed, nearest, one_line, show
+from trainers.messages import listed, one_line, show
 
 _EMPTY = inspect.Parameter.empty
 
@@ -87,7 +88,7 @@ def _arguments(get_config: Callable, args: str, file: pathlib.Path) -> dict[str,
         name, equals, text = arg.partition("=")
         name = name.strip()
         if name not in parameters:
-            known = f"; the nearest: {nearest(name, parameters)}" if parameters else ""
+            known = f"; {nearest(name, parameters)}" if parameters else ""
             raise UserError(f"{show(file)} takes no argument '{name}'{known}")
         if name in given:
             raise UserError(f"{show(file)}: argument {name} is given twice")

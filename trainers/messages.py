@@ -1,4 +1,4 @@
-"""Words for one-line messages: the nearest names, the place in a file."""
+"""Words for one-line messages: names that are close, the place in a file."""
 
 import difflib
 import os
@@ -16,12 +16,6 @@ def close(name: str, names: Iterable[str]) -> list[str]:
 
     found = difflib.get_close_matches(name, names)
     return [other for other in found if likeness(other) > likeness(found[0]) - 0.15]
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The close ones, or all where none is."""
-    names = list(names)
-    return listed(close(name, names) or names)
 
 
 def listed(names: Iterable[str]) -> str:

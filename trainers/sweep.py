@@ -19,10 +19,10 @@ from typing import NoReturn
 from ml_collections import ConfigDict
 
 from input_pipeline.errors import UserError
+from input_pipeline.nearest import nearest
 from trainers import config as configs
 from trainers import sweep_report
 from trainers.config_file import split_list
-from trainers.messages import nearest
 from trainers.sweep_report import Row
 
 MAIN = pathlib.Path(__file__).resolve().parents[1] / "main.py"
@@ -100,7 +100,7 @@ def make_runs(
         evals = run.config.evals
         if metric and metric.partition("/")[0] not in evals:
             raise UserError(
-                f"--metric={metric}: it is evaluator/metric, with one of the config's evaluators: "
+                f"--metric={metric}: the config has no such evaluator (evaluator/metric); "
                 + nearest(metric.partition("/")[0], evals)
             )
         runs.append(run)
@@ -132,7 +132,9 @@ def sweep(runs: list[Run], command: list[str], workdir: pathlib.Path, metric: st
         if row.results:
             metric = metric or sweep_report.first_metric(row.results)
             if metric not in row.results:
-                raise UserError(f"--metric={metric}: the nearest: {nearest(metric, row.results)}")
+                raise UserError(
+                    f"--metric={metric}: no such metric; {nearest(metric, row.results)}"
+                )
         print(f"{head}: {row.told(metric)}{took}", flush=True)
         rows.append(row)
     for path in sweep_report.write(rows, metric, workdir):

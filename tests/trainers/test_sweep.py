@@ -209,7 +209,7 @@ def test_fixed_overrides_reach_every_run(fake):
         (["--grid=loss.name=sigmoid,softmx"], "'softmx' is unknown; the nearest: softmax"),
         (["--grid=lr=1,1"], "--grid lr=1,1: given twice"),
         (["--grid=lr"], "--grid lr: write key=value,value"),
-        ([*GRID, "--metric=retreival/x"], "one of the config's evaluators: retrieval"),
+        ([*GRID, "--metric=retreival/x"], "no such evaluator (evaluator/metric); the nearest: retrieval"),
         ([*GRID, "--config.sed=1"], "unknown key --config.sed; the nearest: --config.seed"),
     ],
 )
