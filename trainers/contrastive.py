@@ -63,9 +63,9 @@ def make_state(
     )
 
 
-def new_tally(mesh) -> Tally:
-    zero = jax.device_put(jnp.int32(0), replicated(mesh))
-    return Tally(zero, zero, jax.device_put(jnp.int32(NONE), replicated(mesh)))
+def new_tally(mesh: jax.sharding.Mesh) -> Tally:
+    # Three arrays, not one three times: they are donated.
+    return Tally(*(jax.device_put(jnp.int32(x), replicated(mesh)) for x in (0, 0, NONE)))
 
 
 def make_update(
@@ -116,13 +116,13 @@ def make_update(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
 
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         metrics = {
             "loss": loss,
             "lr": schedule(state.step),
             "grad_norm": grad_norm,
-            "update_norm": optax.global_norm(updates),
-            "param_norm": optax.global_norm(new.params),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(new.params),
             **_logit_metrics(embeddings, batch["mask"], new.step % log_every == 0, mesh),
         }
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

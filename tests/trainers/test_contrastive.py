@@ -1,0 +1,155 @@
+"""One update: the same whatever the devices, and safe against what is not finite."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from input_pipeline.device import to_device
+from siglip import losses, ring
+from siglip.sharding import make_mesh
+from siglip.two_towers import make_model
+from trainers import contrastive
+
+SIZES = dict(width=32, depth=1, mlp_dim=64, num_heads=2)
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (16, 16, 16, 3), np.uint8),
+        "text": rng.integers(0, 600, (16, 6)).astype(np.int32),
+        "mask": np.ones(16, bool),
+    }
+
+
+def make(mesh, loss_fn=None, frozen=lambda name: False, log_every=1, drop_patches=0.0):
+    model = make_model(
+        img=dict(variant="mu/8", drop_patches=drop_patches, **SIZES),
+        txt=dict(variant="mu", vocab_size=600, **SIZES),  # a table large enough to be split
+    )
+    tx = optax.sgd(1e-2, momentum=0.9)  # Adam would blow rounding errors up
+    inputs = np.zeros((1, 16, 16, 3), np.uint8), np.zeros((1, 6), np.int32)
+    abstract, init = contrastive.make_state(model, tx, mesh, seed=0, inputs=inputs)
+    frozen = jax.tree_util.tree_map_with_path(
+        lambda path, _: frozen(jax.tree_util.keystr(path, simple=True, separator="/")),
+        abstract.params,
+    )
+    update = contrastive.make_update(
+        model,
+        loss_fn or ring.make_sigmoid_loss(mesh),
+        tx,
+        lambda step: jnp.float32(1e-2),
+        frozen,
+        mesh,
+        jax.tree.map(lambda x: x.sharding, abstract),
+        seed=0,
+        log_every=log_every,
+    )
+    return types.SimpleNamespace(
+        abstract=abstract, state=init(), update=update, mesh=mesh, tally=contrastive.new_tally(mesh)
+    )
+
+
+def run(it, *batches):
+    state, tally = it.state, it.tally
+    for batch in batches:
+        state, tally, metrics = it.update(state, tally, to_device(batch, it.mesh))
+    return jax.device_get((state, tally, metrics))
+
+
+def assert_close(a, b, rtol=2e-4, atol=2e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 8])
+def test_a_train_step_with_the_ring_is_that_of_the_definition(fsdp, batch):
+    mesh = make_mesh(fsdp=fsdp)
+    got, _, metrics = run(make(mesh), batch, batch)
+    want, _, expected = run(make(mesh, losses.sigmoid_loss), batch, batch)
+    assert_close(got.params, want.params)
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    assert got.step == 2
+
+
+def test_the_state_is_born_and_stays_sharded(batch):
+    it = make(make_mesh(data=2, fsdp=4))
+
+    def check(state):
+        for tree in (state.params, state.opt_state[0].trace):
+            table = tree["txt"]["Embed_0"]["embedding"]
+            assert table.shape == (600, 32)
+            assert {shard.data.shape for shard in table.addressable_shards} == {(150, 32)}
+
+    check(it.state)
+    check(it.update(it.state, it.tally, to_device(batch, it.mesh))[0])
+
+
+def test_frozen_parameters_stay_and_their_tower_has_no_backward_pass(batch):
+    it = make(make_mesh(), frozen=lambda name: name.startswith("img/"))
+    before = jax.device_get(it.state.params)
+    batch_on = to_device(batch, it.mesh)
+    flops = it.update.lower(it.state, it.tally, batch_on).compile().cost_analysis()["flops"]
+    free = make(make_mesh())
+    all_flops = free.update.lower(free.state, free.tally, batch_on).compile().cost_analysis()
+    assert flops < 0.8 * all_flops["flops"]
+    state, _, _ = run(it, batch)
+    assert_close(state.params["img"], before["img"], rtol=0, atol=0)
+    assert np.any(state.params["txt"]["head"]["kernel"] != before["txt"]["head"]["kernel"])
+
+
+def test_masked_examples_are_counted_and_their_content_does_not_matter(batch):
+    masked = {**batch, "mask": np.arange(16) != 3}
+    other = {**masked, "image": masked["image"].copy(), "text": masked["text"].copy()}
+    other["image"][3], other["text"][3] = 9, 9
+    one, tally, _ = run(make(make_mesh()), masked)
+    two, _, _ = run(make(make_mesh()), other)
+    assert_close(one.params, two.params, rtol=1e-6, atol=1e-6)
+    assert tally.bad_examples == 1 and tally.examples == 16
+    assert tally.first_nonfinite == contrastive.NONE
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_remembered(batch):
+    mesh = make_mesh()
+
+    def loss_fn(zimg, ztxt, t, b, mask):
+        loss = losses.sigmoid_loss(zimg, ztxt, t, b, mask)
+        return jnp.where(mask.all(), loss, jnp.nan)  # a masked row poisons
+
+    it = make(mesh, loss_fn)
+    state, tally, _ = it.update(it.state, it.tally, to_device(batch, mesh))
+    before = jax.device_get(state)
+    bad = to_device({**batch, "mask": np.arange(16) != 3}, mesh)
+    state, tally, _ = it.update(state, tally, bad)
+    state, tally, metrics = it.update(state, tally, bad)
+    assert_close(jax.device_get(state), before, rtol=0, atol=0)
+    assert int(tally.first_nonfinite) == 2
+    assert np.isnan(metrics["loss"])
+
+
+def test_metrics_of_a_step(batch):
+    _, _, metrics = run(make(make_mesh(), log_every=2), batch)
+    assert metrics["t"] == pytest.approx(10, rel=1e-6) and metrics["b"] == -10
+    for name in ("pos_logit_mean", "pos_logit_max", "neg_logit_mean", "neg_logit_max"):
+        assert np.isnan(metrics[name])  # not due
+    _, _, metrics = run(make(make_mesh(), log_every=2), batch, batch)
+    assert metrics["neg_logit_mean"] <= metrics["neg_logit_max"] <= 0.1
+    assert metrics["pos_logit_mean"] <= metrics["pos_logit_max"] <= 0.1
+    for name in ("grad_norm", "update_norm", "param_norm", "lr"):
+        assert metrics[name] > 0
+
+
+def test_patch_dropping_depends_on_seed_and_step_only(batch):
+    it, again = (make(make_mesh(), drop_patches=0.5) for _ in range(2))
+    one, _, first = run(it, batch, batch)
+    two, _, second = run(again, batch, batch)
+    assert_close(one, two, rtol=0, atol=0)
+    assert first["loss"] == second["loss"]
+    _, _, whole = run(make(make_mesh()), batch)
+    _, _, dropped = run(make(make_mesh(), drop_patches=0.5), batch)
+    assert whole["loss"] != dropped["loss"]
