@@ -117,8 +117,10 @@ def fetch(fn: Callable, params, batches: loader.Batches, mesh: Mesh) -> Iterator
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     if batch_size < 1 or batch_size % mesh.size:
+        near = max(1, round(batch_size / mesh.size)) * mesh.size
         raise UserError(
-            f"an evaluator's batch_size {batch_size} must be a multiple of the {mesh.size} devices"
+            f"an evaluator's batch_size={batch_size} does not divide over {mesh.size} devices; "
+            f"the nearest that does is {near}"
         )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Real
 
 from evaluators.canonicalize import canonicalize_text
 from evaluators.embed import Embedder, Tokens, tokenize
@@ -127,8 +127,8 @@ def i2t_chance(k: int, image_of_text: Sequence[int] | np.ndarray) -> float:
 
 
 def text_to_image_retrieval_eval(
-    dist_matrix: Float[np.ndarray, "n_images n_texts"],
-    text_image_correspondence: Sequence[int],
+    dist_matrix: Real[np.ndarray, "n_images n_texts"],
+    text_image_correspondence: Sequence[int] | np.ndarray,
 ) -> dict[str, float]:
     """Recall of a matrix of distances (small is near), by big_vision's contract of this name.
 
@@ -147,8 +147,8 @@ def text_to_image_retrieval_eval(
 
 
 def image_to_text_retrieval_eval(
-    dist_matrix: Float[np.ndarray, "n_images n_texts"],
-    text_image_correspondence: Sequence[int],
+    dist_matrix: Real[np.ndarray, "n_images n_texts"],
+    text_image_correspondence: Sequence[int] | np.ndarray,
 ) -> dict[str, float]:
     """As text_to_image_retrieval_eval, for images as queries: any of an image's texts is a hit."""
     images, texts = np.arange(len(dist_matrix)), np.asarray(text_image_correspondence)

@@ -107,7 +107,7 @@ def test_the_first_text_counts(fakes):
 
 def test_bad_input_is_refused(fakes):
     source, params = fakes.random_source(8), fakes.params()
-    with pytest.raises(UserError, match=r"batch_size 5 .*2 devices"):
+    with pytest.raises(UserError, match=r"batch_size=5 .* 2 devices"):
         run(fakes, source, params, batch_size=5)
     with pytest.raises(UserError, match="loss is not finite"):
         run(fakes, source, fakes.params(t=np.nan))
