@@ -73,8 +73,11 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
         return None
     # The orientation stands in the first segments. To ask PIL for it costs more than this search.
     if data.find(b"Exif\0\0", 0, 1 << 16) >= 0:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
-            return _upright(pixels, header)
+        try:
+            with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
+                return _upright(pixels, header)
+        except Exception:  # see _upright; Image.open reads EXIF itself
+            return pixels
     return pixels
 
 

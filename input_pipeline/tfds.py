@@ -39,24 +39,26 @@ class Tfds:
         folder = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or _DEFAULT)
         builder = _builder(dataset, folder)
         self._name, self._features = f"{dataset}/{split}", builder.info.features
-        self._image, self._text, self._label = image, text, label
-        self.class_names: list[str] | None = None
-        if not isinstance(self._feature("image", image), tfds.features.Image):
+        self._image, picture = self._find("image", image)
+        if not isinstance(picture, tfds.features.Image):
             raise UserError(
                 f"tfds: feature image={image!r} of {dataset} is not an image; "
                 f"{nearest(image, _leaves(self._features))}"
             )
-        if text and not isinstance(_inside(self._feature("text", text)), tfds.features.Text):
-            raise UserError(f"tfds: feature text={text!r} of {dataset} is not text")
+        self._text, self._label, self.class_names = (), (), None
+        if text:
+            self._text, caption = self._find("text", text)
+            if not isinstance(_inside(caption), tfds.features.Text):
+                raise UserError(f"tfds: feature text={text!r} of {dataset} is not text")
         if label:
-            feature = self._feature("label", label)
-            if isinstance(feature, tfds.features.ClassLabel):
-                self.class_names = list(feature.names)
-            elif feature.shape != () or not np.issubdtype(feature.np_dtype, np.integer):
+            self._label, kind = self._find("label", label)
+            if isinstance(kind, tfds.features.ClassLabel):
+                self.class_names = list(kind.names)
+            elif kind.shape != () or not np.issubdtype(kind.np_dtype, np.integer):
                 raise UserError(f"tfds: feature label={label!r} of {dataset} is not a class")
         decoders: Any = tfds.decode.SkipDecoding()
-        for part in reversed(image.split("/")):
-            decoders = {part: decoders}
+        for key in reversed(self._image):
+            decoders = {key: decoders}
         try:
             self._records = builder.as_data_source(split=split, decoders=decoders)
         except (ValueError, KeyError) as error:
@@ -78,17 +80,32 @@ class Tfds:
             example["label"] = int(_at(record, self._label))
         return example
 
-    def _feature(self, key: str, path: str) -> Any:
-        feature = self._features
-        for part in path.split("/"):
-            feature = _inside(feature)
-            if not isinstance(feature, tfds.features.FeaturesDict) or part not in feature:
-                raise UserError(
-                    f"tfds: {self._name} has no feature {key}={path!r}; "
-                    f"{nearest(path, _leaves(self._features))}"
-                )
-            feature = feature[part]
-        return feature
+    def _find(self, option: str, path: str) -> tuple[tuple[str, ...], Any]:
+        """Keys that lead to a feature, and the feature."""
+        found = _walk(self._features, path)
+        if found is None:
+            raise UserError(
+                f"tfds: {self._name} has no feature {option}={path!r}; "
+                f"{nearest(path, _leaves(self._features))}"
+            )
+        return found
+
+
+def _walk(feature: Any, path: str) -> tuple[tuple[str, ...], Any] | None:
+    """A key may have slashes itself, as image/filename of coco_captions."""
+    if not path:
+        return (), feature
+    inside = _inside(feature)
+    if not isinstance(inside, tfds.features.FeaturesDict):
+        return None
+    for key in inside:
+        if f"{path}/".startswith(f"{key}/"):
+            found = _walk(inside[key], path[len(key) + 1 :])
+            if found:
+                listed = inside is not feature  # a list of records: each has one
+                leaf = tfds.features.Sequence(found[1]) if listed else found[1]
+                return (key, *found[0]), leaf
+    return None
 
 
 _DEFAULT = "~/tensorflow_datasets"
@@ -139,13 +156,11 @@ def _leaves(feature: Any, path: str = "") -> list[str]:
     return [leaf for key in feature for leaf in _leaves(feature[key], f"{path}/{key}".strip("/"))]
 
 
-def _at(record: Any, path: str) -> Any:
+def _at(record: Any, keys: tuple[str, ...]) -> Any:
     """The value of a feature; of a list of records the list of their values."""
-    for part in path.split("/") if path else []:
-        if isinstance(record, list | tuple):
-            record = [one[part] for one in record]
-        else:
-            record = record[part]
+    for key in keys:
+        listed = isinstance(record, list | tuple)
+        record = [one[key] for one in record] if listed else record[key]
     return record
 
 
