@@ -75,7 +75,10 @@ def test_the_label_is_the_main_shape_of_the_caption():
 def test_drawn_shapes_are_where_and_what_colour_the_caption_says(shape):
     """Finds the pixels near each colour: the main one is larger, and lies in the told direction."""
     red, blue, black = (list(scenes.COLOURS).index("red"), list(scenes.COLOURS).index("blue"), 0)
-    for relation, (_, _, towards) in enumerate(scenes.RELATIONS):
+    second_lies = {"above": (0, 1), "below": (0, -1), "left of": (1, 0), "right of": (-1, 0)}
+    for relation, (name, inverse, _) in enumerate(scenes.RELATIONS):
+        towards = second_lies[name]
+        assert np.array_equal(second_lies[inverse], np.negative(towards))
         attributes = np.array([[red, shape, blue, shape, relation, black]] * 20)
         images = scenes.draw(attributes, 32, np.random.default_rng(0)).astype(int)
         y, x = np.mgrid[:32, :32]
