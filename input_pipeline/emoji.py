@@ -9,14 +9,17 @@ Pictures: Noto Emoji. Names and keywords: Unicode CLDR annotations.
 import json
 import pathlib
 
+from absl import logging
+
 from input_pipeline.archive import Zip
 from input_pipeline.errors import UserError
+from input_pipeline.nearest import nearest
 
 EXPECTED = "images.zip with images.jsonl and captions/<language>.tsv, or with captions.jsonl"
 
 
 class Emoji:
-    """One example for each picture that has a name in any of the languages.
+    """One example for each picture that has a name in any of the languages; others are counted.
 
     `texts` are its names, one for each language that has one, in the order of `languages`;
     `label` is one of the 8 groups in `class_names`, such as 'Food & Drink'. The image is the PNG,
@@ -43,13 +46,15 @@ class Emoji:
         folder = pathlib.Path(data_dir).expanduser()
         separate = (folder / "images.jsonl").is_file()
         table = folder / ("images.jsonl" if separate else "captions.jsonl")
-        if not data_dir or not table.is_file() or not (folder / "images.zip").is_file():
+        expected = [table, folder / "images.zip"] + [folder / "captions"] * separate
+        if not data_dir or not all(path.exists() for path in expected):
             raise UserError(
                 f"emoji: data_dir {data_dir!r} is not the emoji set, "
-                f"pass a folder that has {EXPECTED}"
+                f"pass a folder that has {EXPECTED}, by --config.input.source.data_dir=FOLDER"
             )
         self._images = Zip(folder / "images.zip")
-        rows = _read_jsonl(table, ("id", "file", "group", "split"))
+        fields = ("id", "file", "group", "split") + (() if separate else ("captions",))
+        rows = _read_jsonl(table, fields)
         if separate:
             present = sorted(p.stem for p in (folder / "captions").glob("*.tsv"))
         else:
@@ -75,7 +80,16 @@ class Emoji:
                 f"lists, first {missing[0]!r}; copy the folder again"
             )
         self.class_names = sorted({row["group"] for row in rows})  # of all splits
-        self._rows = [row for row in rows if row["split"] == split and texts[row["id"]]]
+        rows = [row for row in rows if row["split"] == split]
+        self._rows = [row for row in rows if texts[row["id"]]]
+        if nameless := len(rows) - len(self._rows):
+            logging.warning(
+                "emoji: left out %d of %d pictures of split %s, without a name in %s",
+                nameless,
+                len(rows),
+                split,
+                ", ".join(self.languages),
+            )
         self._texts = [texts[row["id"]] for row in self._rows]
 
     def __len__(self) -> int:
@@ -95,10 +109,12 @@ def _choose(languages: tuple | str, present: list[str]) -> tuple:
     if languages == "all":
         return tuple(present)
     languages = tuple(languages.split(",") if isinstance(languages, str) else languages)
-    unknown = [language for language in languages if language not in present]
-    if unknown or not languages:
-        wrong = f"does not have {', '.join(unknown)}" if unknown else "needs at least one"
-        raise UserError(f"emoji: languages {wrong}, choose 'all' or from {', '.join(present)}")
+    if not languages:
+        raise UserError("emoji: languages needs at least one, such as en, or 'all'")
+    for language in languages:
+        if language not in present:
+            others = nearest(language, present, most=len(present))
+            raise UserError(f"emoji: no captions in language {language!r}; {others}; or 'all'")
     return languages
 
 

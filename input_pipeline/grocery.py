@@ -44,7 +44,8 @@ class Grocery:
         if not data_dir or absent:
             raise UserError(
                 f"grocery: data_dir {data_dir!r} is not the grocery set, "
-                f"pass a folder that has {', '.join(FILES)}"
+                f"pass a folder that has {', '.join(FILES)}, "
+                "by --config.input.source.data_dir=FOLDER"
             )
         self._images = Zip(folder / "images.zip")
         classes = _read_classes(folder / "classes.jsonl")

@@ -40,6 +40,14 @@ def small(tmp_path):
     return tmp_path
 
 
+def test_pictures_without_a_name_are_left_out_and_counted(small, caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        Emoji(data_dir=str(small), languages="all")
+        assert not caplog.records
+        assert len(Emoji(data_dir=str(small), languages="mi")) == 1
+    assert "left out 1 of 2 pictures of split train, without a name in mi" in caplog.text
+
+
 def test_names_keywords_and_gaps(small):
     english = Emoji(data_dir=str(small))
     assert english[0] == {
@@ -67,7 +75,9 @@ def test_mistakes_are_one_line_that_says_what_to_do(small):
 
     for folder in ("", small / "none", small / "captions"):
         refused("pass a folder that has images.zip with images.jsonl", folder)
-    refused("does not have xx, choose 'all' or from en, mi", languages=("en", "xx"))
+        refused("--config.input.source.data_dir=", folder)
+    refused("language 'eng'; the nearest: en; or 'all'", languages=("mi", "eng"))
+    refused("language 'xx'; there are: en, mi; or 'all'", languages=("en", "xx"))
     refused("at least one", languages=())
     refused("split 'test' does not exist", split="test")
     (small / "captions" / "en.tsv").write_text("id\tname\tkeywords\na\tcat\n")
@@ -79,6 +89,13 @@ def test_mistakes_are_one_line_that_says_what_to_do(small):
     refused("images.jsonl, line 1: lacks the field 'file'")
     (small / "images.jsonl").write_text("{\n")
     refused("images.jsonl, line 1: not JSON")
+    (small / "captions").rename(small / "elsewhere")
+    refused("pass a folder that has")
+    (small / "images.jsonl").unlink()
+    (small / "captions.jsonl").write_text(
+        '{"id": "a", "file": "a.png", "group": "X", "split": "train"}\n'
+    )
+    refused("captions.jsonl, line 1: lacks the field 'captions'")
 
 
 def test_the_full_set(shared_data):
