@@ -63,6 +63,22 @@ def test_captions_of_different_scenes_differ():
     assert len(set(texts)) == len(texts) == 4 * len(every)
 
 
+def test_the_wordings_of_one_scene():
+    colours, shapes, grounds = map(list, (scenes.COLOURS, scenes.SHAPES, scenes.BACKGROUNDS))
+    red, star, blue, ring, black = (
+        colours.index("red"), shapes.index("star"), colours.index("blue"), shapes.index("ring"),
+        grounds.index("black"),
+    )  # fmt: skip
+    inverses = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+    for relation, (told, _, _) in enumerate(scenes.RELATIONS):
+        assert scenes.captions(np.array([red, star, blue, ring, relation, black])) == [
+            f"a red star {told} a small blue ring on black",
+            f"a small blue ring {inverses[told]} a red star on black",
+            f"on black a red star {told} a small blue ring",
+            f"red star {told} small blue ring on black",
+        ]
+
+
 def test_the_label_is_the_main_shape_of_the_caption():
     source = scenes.Scenes(split="val", size=100)
     assert len(source.class_names) == 48
