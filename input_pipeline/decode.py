@@ -65,7 +65,7 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
     """None: one for PIL (CMYK; or with an error, of which PIL knows the harmless ones)."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(width, height)
+        _check_size(int(width), int(height))
         if colorspace in ("CMYK", "YCCK"):
             return None
         pixels = simplejpeg.decode_jpeg(data, "RGB")

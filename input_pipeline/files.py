@@ -63,7 +63,7 @@ class Files:
 
         kept = _of_split(path, rows, split_column, split)
         chosen = [rows[i] for i in kept]
-        names = [row.get(image_column) for _, row in chosen]
+        names: list[Any] = [row.get(image_column) for _, row in chosen]
         _refuse(path, chosen, [not _is_text(n) for n in names], f"no image in {image_column!r}")
         texts = [_texts(row.get(text_column)) if text_column else [] for _, row in chosen]
         if text_column:
@@ -213,7 +213,7 @@ def _of_split(path: str, rows: Rows, column: str, split: str) -> list[int]:
             f"{path} has no column {column!r}, so all of it is split 'train'; "
             f"for {split!r} add the column or give another table"
         )
-    splits = [row.get(column) for _, row in rows]
+    splits: list[Any] = [row.get(column) for _, row in rows]
     _refuse(path, rows, [not _is_text(s) for s in splits], f"no split in {column!r}")
     kept = [i for i, s in enumerate(splits) if s == split]
     if not kept:
@@ -232,7 +232,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _labels(path: str, rows: Rows, column: str) -> tuple[list[int], list[str] | None]:
-    values = [row.get(column) for _, row in rows]
+    values: list[Any] = [row.get(column) for _, row in rows]
     # A table of text has its integers as text.
     if all(isinstance(v, str) and v.strip().isdecimal() for v in values):
         values = [int(v) for v in values]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import read_only_builder
 
 from input_pipeline.errors import UserError
 from input_pipeline.nearest import nearest
@@ -114,7 +115,7 @@ _DEFAULT = "~/tensorflow_datasets"
 def _builder(dataset: str, folder: str) -> Any:
     """Reads what was prepared; never imports the code that prepared it, never downloads."""
     try:
-        builder = tfds.core.read_only_builder.builder_from_files(dataset, data_dir=folder)
+        builder = read_only_builder.builder_from_files(dataset, data_dir=folder)
     except (tfds.core.DatasetNotFoundError, ValueError, OSError) as error:
         root = pathlib.Path(folder)
         found = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []

@@ -83,11 +83,10 @@ def make_preprocess(
     for key, value, known in (("eos", eos, EOS_MODES), ("resize", resize, RESIZES)):
         if value not in known:
             raise UserError(f"config.input.{key}={value!r} is unknown; {nearest(value, known)}")
-    if pad_id is None:
-        pad_id = tokenizer.eos_id
-    if not 0 <= pad_id < tokenizer.vocab_size:
+    pad: int = tokenizer.eos_id if pad_id is None else pad_id
+    if not 0 <= pad < tokenizer.vocab_size:
         raise UserError(
-            f"config.input.pad_id={pad_id} is not an id of the tokenizer, which has "
+            f"config.input.pad_id={pad} is not an id of the tokenizer, which has "
             f"{tokenizer.vocab_size}; leave it unset for the EOS id"
         )
     return Preprocess(
@@ -95,7 +94,7 @@ def make_preprocess(
         res=res,
         token_len=token_len,
         lower=lower,
-        pad_id=pad_id,
+        pad_id=pad,
         eos=eos,
         resize=resize,
         random_crop=random_crop,

@@ -13,7 +13,7 @@ from input_pipeline.errors import UserError
 Files = SOURCES["files"]
 
 ROWS = [
-    {"image": "a.png", "caption": 'a "red" cat, sitting', "split": "train", "kind": "cat"},
+    {"image": "a.png", "caption": '"red" cat, sitting', "split": "train", "kind": "cat"},
     {"image": "b.png", "caption": "ein Hund läuft", "split": "train", "kind": "dog"},
     {"image": "c.png", "caption": "an ant", "split": "val", "kind": "ant"},
 ]
@@ -62,7 +62,7 @@ def test_every_kind_of_table_gives_the_same_examples(tmp_path, suffix):
     assert len(source) == 2 and source.class_names is None
     assert source[0] == {
         "image": b"bytes of a",
-        "texts": ['a "red" cat, sitting'],
+        "texts": ['"red" cat, sitting'],
         "id": "a.png",
     }
     assert source[1]["texts"] == ["ein Hund läuft"]
