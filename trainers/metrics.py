@@ -70,8 +70,10 @@ class Writer:
         """The config, for TensorBoard's table of runs; nested keys become 'a.b'."""
         if self._is_main:
             experiment, start, _ = hparams_summaries(_flat(hparams), {})
+            files = self._tensorboard().file_writer
+            assert files is not None  # open until close()
             for summary in (experiment, start):  # the third says that the run has ended well
-                self._tensorboard().file_writer.add_summary(summary)
+                files.add_summary(summary)
 
     def flush(self) -> None:
         """Everything is on disk, also after a power cut."""

@@ -6,7 +6,9 @@ directory of one step. All processes call the functions here together.
 """
 
 import dataclasses
+import functools
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -19,12 +21,9 @@ from trainers.rules import path_name
 FOLDER = "checkpoints"  # in the workdir
 _SHOWN = 5  # arrays named in a message, for each kind of difference
 # The bare handlers: a Checkpointer around them waits for all processes after a restore, where one
-# that met a damaged file would never arrive.
-_TREE, _JSON, _JSON_ARGS = (
-    ocp.PyTreeCheckpointHandler(),
-    ocp.JsonCheckpointHandler(),
-    ocp.args.JsonRestore(),
-)
+# that met a damaged file would never arrive. (Any: they take a pathlib.Path, but do not say so.)
+_TREE: Any = ocp.PyTreeCheckpointHandler()
+_JSON: Any = ocp.JsonCheckpointHandler()
 
 
 class DamagedCheckpoint(Exception):
@@ -115,7 +114,8 @@ def read_step(path: pathlib.Path, abstract_state: PyTree) -> tuple[PyTree, dict]
     DamagedCheckpoint where they cannot be read.
     """
     state = _read_state(path, abstract_state)
-    return state, _or_damaged(path, lambda: _JSON.restore(path / "data", _JSON_ARGS))
+    json_args = ocp.args.JsonRestore()
+    return state, _or_damaged(path, lambda: _JSON.restore(path / "data", args=json_args))
 
 
 def _read_state(path: pathlib.Path, abstract: PyTree, partial: bool = False) -> PyTree:
@@ -138,6 +138,7 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 def _or_damaged(path: pathlib.Path, read: Any) -> Any:
     """read(), with what broken files raise turned into DamagedCheckpoint. A machine without
     memory or permission says nothing about the files, so those errors pass."""
+    _silence_late_reads()
     try:
         return read()
     except (MemoryError, PermissionError):
@@ -146,6 +147,19 @@ def _or_damaged(path: pathlib.Path, read: Any) -> Any:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
         raise DamagedCheckpoint(f"checkpoint {path} cannot be read: {one_line(error)}") from error
+
+
+@functools.cache  # once in a process
+def _silence_late_reads() -> None:
+    """Orbax reads arrays in parallel. When one fails, the others finish later and find their event
+    loop gone: Python would print a page about each of them, after our one line."""
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

@@ -8,11 +8,12 @@ The formulas are big_vision's (`create_learning_rate_schedule`).
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from input_pipeline.errors import UserError
 
-Step = Int[Array, ""] | int
+Step = ArrayLike  # a whole number
 Schedule = Callable[[Step], Float[Array, ""]]
 ToSteps = Callable[[str, str], int | None]
 

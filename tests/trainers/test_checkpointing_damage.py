@@ -10,9 +10,6 @@ from tiny_state import DATA, abstract, assert_same, make_state, on_disk, saved
 from input_pipeline.errors import UserError
 from trainers.checkpointing import Checkpoints
 
-# Orbax reads arrays in parallel; when one fails, the others report to an event loop that is gone.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 def opened(workdir):
     return contextlib.closing(Checkpoints(workdir, every=10, keep_last=3, keep_every=None))

@@ -104,7 +104,6 @@ def test_a_misfit_is_not_damage(tmp_path):
     checkpoints.close()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_of_another_run_is_left_alone(tmp_path):
     directory = saved(tmp_path, 10, 20)
     for path in (directory / "20" / "state").rglob("manifest.ocdbt"):
