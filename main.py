@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 DONE, MISTAKE, INTERRUPTED, DIVERGED = 0, 2, 85, 87
 
@@ -74,26 +74,31 @@ def main(argv: list[str]) -> int:
     flags, rest = parser.parse_known_args(argv)
     check_flags(parser, flags, rest)
     try:
-        # Only now, as it takes seconds.
-        import trainers
-        from input_pipeline.errors import UserError
-        from trainers import distributed
-        from trainers.loop import Diverged, Interrupted
+        return run(flags, rest)
     except KeyboardInterrupt:
-        return told(INTERRUPTED, "interrupted; run the same command again")
+        return told(INTERRUPTED, "interrupted; run the same command again to go on")
+
+
+def run(flags: argparse.Namespace, rest: list[str]) -> int:
+    # Imports take seconds, so they stand where they are first needed.
+    from input_pipeline.errors import UserError
+    from trainers import distributed
+
     try:
         config, decision = checked(flags, rest)
     except UserError as mistake:
         return told(MISTAKE, f"error: {mistake}")
+    distributed.start(decision, heartbeat_timeout=flags.heartbeat_timeout)
+
+    import trainers
+    from trainers.loop import Diverged, Interrupted
+
     try:
-        distributed.start(decision, heartbeat_timeout=flags.heartbeat_timeout)
-        run = trainers.evaluate if flags.eval_only else trainers.train
-        run(config, flags.workdir)
+        (trainers.evaluate if flags.eval_only else trainers.train)(config, flags.workdir)
     except UserError as mistake:
         return distributed.leave(decision, told(MISTAKE, f"error: {mistake}"))
-    except (Interrupted, KeyboardInterrupt) as stop:
-        what = str(stop) or "interrupted"
-        return told(INTERRUPTED, f"{what}; run the same command again to go on")
+    except Interrupted as stop:
+        return told(INTERRUPTED, f"{stop}; run the same command again to go on")
     except Diverged as end:
         return told(DIVERGED, f"diverged: {end}")
     except Exception:
@@ -104,7 +109,7 @@ def main(argv: list[str]) -> int:
     return DONE
 
 
-def checked(flags: argparse.Namespace, rest: list[str]):
+def checked(flags: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     """The config, which fits the workdir, and the other processes; UserError before any work."""
     import jax
 
@@ -115,10 +120,11 @@ def checked(flags: argparse.Namespace, rest: list[str]):
     overrides, rest = configs.split_overrides(rest)
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; settings are --config.key=value")
-    if flags.config:
-        config = configs.load(flags.config, overrides)
-    else:
-        config = configs.read(flags.workdir, overrides)
+    config: Any = (
+        configs.load(flags.config, overrides)
+        if flags.config
+        else configs.read(flags.workdir, overrides)
+    )
     configs.check_workdir(config, flags.workdir)
     decision = distributed.decide(
         os.environ,

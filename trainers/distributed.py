@@ -155,7 +155,7 @@ def _from_flags(environ: Mapping[str, str], flags: tuple) -> Decision:
         if value in (None, "")
     ]:
         raise UserError(f"of several processes, each needs {' and '.join(missing)} too")
-    address, count, index = values
+    address, count, index = map(str, values)
     try:
         count, index = int(count), int(index)
     except ValueError:

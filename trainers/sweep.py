@@ -97,7 +97,7 @@ def make_runs(
         name = re.sub(r"[^\w.,=+-]", "_", ",".join(f"{key}={text}" for key, text in swept))
         run = Run(swept, overrides, configs.load(config_flag, overrides), workdir / name)
         configs.check_workdir(run.config, run.workdir)
-        evals = run.config.evals
+        evals = list(run.config.to_dict()["evals"])
         if metric and metric.partition("/")[0] not in evals:
             raise UserError(
                 f"--metric={metric}: the config has no such evaluator (evaluator/metric); "

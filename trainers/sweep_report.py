@@ -4,8 +4,9 @@ import csv
 import dataclasses
 import math
 import pathlib
+from typing import Any
 
-Results = dict[str, dict[str, float | None]]  # {'evaluator/metric': {'value', 'chance'}}
+Results = dict[str, dict[str, Any]]  # {'evaluator/metric': {'value': float, 'chance'}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ def first_metric(results: Results) -> str:
     return (with_chance or list(results))[0]
 
 
-def cell(numbers: dict[str, float | None]) -> str:
+def cell(numbers: dict[str, Any]) -> str:
     value, chance = numbers["value"], numbers["chance"]
     return f"{value:.4g}" if chance is None else f"{value:.4g} (chance {chance:.3g})"
 
@@ -58,11 +59,24 @@ def _write_csv(rows: list[Row], names: list[str], path: pathlib.Path) -> None:
 
 
 def _write_markdown(rows: list[Row], names: list[str], path: pathlib.Path) -> None:
+    """A chance level that all runs share is a line of its own."""
+    chances = {
+        name: {row.results[name]["chance"] for row in rows if name in row.results} for name in names
+    }
+    shared = {name: found.pop() for name, found in chances.items() if len(found) == 1}
+
+    def shown(row: Row, name: str) -> str:
+        if name not in row.results:
+            return "failed"
+        return cell(row.results[name] | ({"chance": None} if name in shared else {}))
+
     header = [*rows[0].swept, *names]
     lines = [header, ["---"] * len(header)]
-    for row in rows:
-        cells = [cell(row.results[name]) if name in row.results else "failed" for name in names]
-        lines.append([*row.swept.values(), *cells])
+    lines += [[*row.swept.values(), *(shown(row, name) for name in names)] for row in rows]
+    if any(chance is not None for chance in shared.values()):
+        blank = [""] * (len(rows[0].swept) - 1)
+        levels = [shared.get(name) for name in names]
+        lines.append(["chance", *blank, *("" if c is None else f"{c:.3g}" for c in levels)])
     text = "".join(f"| {' | '.join(c.replace('|', '/') for c in line)} |\n" for line in lines)
     path.write_text(text)
 

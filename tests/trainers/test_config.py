@@ -41,7 +41,7 @@ class Files:
 
 
 class Emoji:
-    def __init__(self, *, data_dir: str, languages: tuple | str = ("en",), split: str = "train"):
+    def __init__(self, *, data_dir: str, languages: str | tuple = ("en",), split: str = "train"):
         pass
 
 
@@ -172,6 +172,7 @@ def test_arguments_are_typed_by_their_defaults(config_file):
         ("evals.r.ks", "5", (5,)),
         ("evals.r.every", "", ""),
         ("input.source.languages", "all", "all"),
+        ("input.source.languages", "None", "None"),
         ("input.source.languages", "('en', 'de')", ("en", "de")),
     ],
 )
@@ -235,6 +236,7 @@ def test_a_misspelt_key_of_the_file_names_place_and_nearest(config_file):
     [
         ("input.bach_size", "--config.input.batch_size"),
         ("batch_size", "--config.input.batch_size"),
+        ("width", "--config.model.img.width"),
         ("modle.img.variant", "--config.model.img.variant"),
         ("model.img.varient", "--config.model.img.variant"),
         ("evals.q.batch_size", "--config.evals.r.batch_size"),
@@ -286,17 +288,26 @@ def test_a_text_of_another_type_is_refused(config_file, key, text, wanted):
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("line", "told"),
     [
-        ("'1e-2'", "lr = '1e-2' must be a float, not a str"),
-        ("True", "lr = True must be a float, not a bool"),
-        ("None", "lr = None must be a float, not None"),
-        ("{'a': 1}", "lr = {'a': 1} must be a float, not a dict"),
+        ("lr = '1e-2'", "lr = '1e-2' must be a float, not a str"),
+        ("lr = True", "lr = True must be a float, not a bool"),
+        ("lr = None", "lr = None must be a float, not None"),
+        ("lr = {'a': 1}", "lr = {'a': 1} must be a float, not a dict"),
+        ("seed = True", "seed = True must be an int, not a bool"),
+        ("clip_norm = 'x'", "clip_norm = 'x' must be a float or None, not a str"),
     ],
 )
-def test_a_value_of_another_type_in_the_file_is_refused(config_file, value, told):
-    edited(config_file, "config.lr = lr", f"config.lr = {value}")
-    assert told in refused(config_file)
+def test_a_value_of_another_type_in_the_file_is_refused(config_file, line, told):
+    edited(config_file, "config.lr = lr", f"config.{line}")
+    assert re.fullmatch(rf"configs/emoji\.py(:6)?: {re.escape(told)}", refused(config_file))
+
+
+def test_a_line_is_named_only_where_it_is_certain(config_file):
+    edited(config_file, "config.lr = lr", "config.seed = 'x'")
+    assert refused(config_file).startswith("configs/emoji.py:6: seed = 'x'")
+    edited(config_file, "return config", "return config  # seed")
+    assert refused(config_file).startswith("configs/emoji.py: seed = 'x'")
 
 
 def test_a_block_is_no_value_and_a_value_no_block(config_file):
@@ -408,7 +419,8 @@ def test_of_another_component_only_the_name_is_told(config_file):
 
 def test_many_differences_are_counted(config_file):
     keys = ("lr", "wd", "seed", "clip_norm", "model.t_init", "model.b_init", "optimizer.b1")
-    assert "; and 1 more (" in differing(config_file, *((key, "77") for key in keys))
+    told = differing(config_file, *((key, "77") for key in keys))
+    assert told.count(": there ") == 6 and "; and 1 more (" in told
 
 
 @pytest.mark.parametrize(

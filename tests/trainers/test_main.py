@@ -1,7 +1,9 @@
 """The command line: what it passes on, its exit codes, and mistakes in one line."""
 
+import json
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -145,3 +147,49 @@ def test_as_a_program_a_mistake_leaves_one_line_and_nothing_else(tmp_path):
         "error: unknown key --config.input.bach_size; the nearest: --config.input.batch_size\n"
     )
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] in ([], ["__pycache__"])
+
+
+TINY = """\
+from ml_collections import ConfigDict
+
+
+def get_config():
+    tower = {"width": 16, "depth": 1, "mlp_dim": 16, "num_heads": 1}
+    return ConfigDict({
+        "total": "2 steps",
+        "mesh": {"cpu_devices": 2},
+        "model": {"img": {"variant": "mu/16", **tower}, "txt": {"variant": "mu", **tower}},
+        "input": {"batch_size": 4, "res": 32, "source": {"name": "scenes", "size": 8}},
+        "evals": {"loss": {
+            "type": "loss", "batch_size": 4, "source": {"name": "scenes", "split": "val", "size": 4}
+        }},
+    })
+"""
+
+
+@pytest.mark.slow
+def test_as_a_program_it_trains_on_emulated_devices_and_evaluates_again(tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY)
+    python = [sys.executable, str(MAIN), "--workdir=w"]
+    for flag in (f"--config={tmp_path}/tiny.py", "--eval_only"):
+        done = subprocess.run([*python, flag], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == program.DONE, done.stderr
+        results = json.loads((tmp_path / "w/results.json").read_text())
+        assert results["loss"]["loss"]["value"] > 0
+        (tmp_path / "w/results.json").unlink()
+    assert configs.read(tmp_path / "w").mesh.cpu_devices == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_is_exit_code_85(tmp_path, signum):
+    (tmp_path / "tiny.py").write_text(TINY)
+    command = [sys.executable, str(MAIN), f"--config={tmp_path}/tiny.py", "--workdir=w"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().startswith("distributed: no")
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == program.INTERRUPTED, err
+    assert "run the same command again to go on" in err

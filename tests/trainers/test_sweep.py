@@ -122,8 +122,8 @@ def test_the_whole_grid_runs_in_order_to_tables_and_a_plot(fake, capsys):
     assert lines[0] == (
         "| input.batch_size | loss.name | retrieval/i2t_R@1 | retrieval/i2t_R@5 | loss/loss |"
     )
-    assert lines[2] == "| 64 | sigmoid | 0.064 (chance 0.01) | 0.5 (chance 0.05) | 2.5 |"
-    assert len(lines) == 2 + 6
+    assert lines[2] == "| 64 | sigmoid | 0.064 | 0.5 | 2.5 |"
+    assert lines[8:] == ["| chance |  | 0.01 | 0.05 |  |"]
     assert (fake.workdir / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     out = capsys.readouterr().out
     assert "[2/6] input.batch_size=64 loss.name=softmax: retrieval/i2t_R@1 = 0.032" in out
@@ -209,7 +209,10 @@ def test_fixed_overrides_reach_every_run(fake):
         (["--grid=loss.name=sigmoid,softmx"], "'softmx' is unknown; the nearest: softmax"),
         (["--grid=lr=1,1"], "--grid lr=1,1: given twice"),
         (["--grid=lr"], "--grid lr: write key=value,value"),
-        ([*GRID, "--metric=retreival/x"], "no such evaluator (evaluator/metric); the nearest: retrieval"),
+        (
+            [*GRID, "--metric=retreival/x"],
+            "no such evaluator (evaluator/metric); the nearest: retrieval",
+        ),
         ([*GRID, "--config.sed=1"], "unknown key --config.sed; the nearest: --config.seed"),
     ],
 )
@@ -270,6 +273,12 @@ def test_the_plot_has_a_line_per_other_value_chance_dashed_and_powers_of_two(tmp
     assert list(lines["loss.name = a"].get_xdata()) == [64, 128, 256]
     assert lines["chance"].get_linestyle() == "--" and set(lines["chance"].get_ydata()) == {0.1}
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["64", "128", "256"]
+
+
+def test_a_chance_level_that_depends_on_the_run_stands_beside_each_value(tmp_path):
+    sweep_report.write([row({"n": n}, 0.5, float(n) / 10) for n in "12"], "r/a", tmp_path)
+    lines = (tmp_path / "sweep.md").read_text().splitlines()
+    assert lines[2:] == ["| 1 | 0.5 (chance 0.1) |", "| 2 | 0.5 (chance 0.2) |"]
 
 
 def test_the_plot_of_close_or_named_values_has_a_plain_axis(tmp_path, monkeypatch):
