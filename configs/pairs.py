@@ -5,7 +5,7 @@
 `path`: a .jsonl, .csv or .tsv file with the columns image and caption, and optionally split
 (train, val). `images`: the folder or .zip that image names are relative to (default: the folder
 of `path`). With pairs of the split `val` retrieval is measured on them: pass val=True.
-The defaults suit some 1,000 to 100,000 pairs and one device; see docs/own_data.md for more.
+The defaults suit some 1,000 to 100,000 pairs and one GPU; on a CPU pass variant=Ti,res=64.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """A model learns in a minute: drawn scenes, made on the spot, the ring loss over 4 CPU devices.
 
-  make quickstart
-  python main.py --config configs/quickstart.py --workdir runs/quickstart
+make quickstart
+python main.py --config configs/quickstart.py --workdir runs/quickstart
 """
 
 from ml_collections import ConfigDict

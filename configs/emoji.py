@@ -1,0 +1,59 @@
+"""Emoji and their names in up to 36 languages: a small real set (1,461 pictures to train on).
+
+  python main.py --config configs/emoji.py:data_dir=FOLDER --workdir runs/emoji
+  python main.py --config "configs/emoji.py:data_dir=FOLDER,languages='en,de,fr'" --workdir runs/e3
+
+Retrieval among the 175 held-out pictures, and zero-shot classification into their 8 groups.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(
+    data_dir: str = "",
+    languages: str = "en",
+    batch_size: int = 128,
+    res: int = 64,
+    total: str = "40 epochs",
+) -> ConfigDict:
+    if not data_dir:
+        raise ValueError("pass the folder of the emoji set: --config configs/emoji.py:data_dir=...")
+    source = {"name": "emoji", "data_dir": data_dir, "languages": languages}
+    config = ConfigDict()
+    config.total = total
+    sizes = {"width": 128, "mlp_dim": 512, "num_heads": 4}
+    config.model = ConfigDict(
+        {
+            "img": {"variant": "S/8", "depth": 3, **sizes},
+            "txt": {"variant": "S", "depth": 2, **sizes},
+        }
+    )
+    config.input = ConfigDict(
+        {
+            "batch_size": batch_size,
+            "res": res,
+            "token_len": 64,
+            "source": {**source, "split": "train", "keywords": True},
+            "random_crop": 0.6,
+            "flip": True,
+            "num_threads": 2,
+        }
+    )
+    config.lr = 1e-3
+    config.wd = 1e-4
+    config.schedule = ConfigDict({"name": "cosine", "warmup": "10 percent"})
+    config.log_every = 50
+    config.checkpoint = ConfigDict({"every": "200 steps"})
+    held_out = {**source, "split": "val"}
+    config.evals = ConfigDict(
+        {
+            "retrieval": {"type": "retrieval", "batch_size": 64, "source": held_out},
+            "groups": {
+                "type": "zeroshot",
+                "batch_size": 64,
+                "templates": ("{}",),
+                "source": held_out,
+            },
+        }
+    )
+    return config

@@ -1,0 +1,51 @@
+"""Photographs of groceries (2,640 to train on), captions made of their class names.
+
+  python main.py --config configs/grocery.py:data_dir=FOLDER --workdir runs/grocery
+
+Zero-shot classification of the 2,485 test photos into 81 fine and 43 coarse classes.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(
+    data_dir: str = "", batch_size: int = 128, res: int = 64, total: str = "25 epochs"
+) -> ConfigDict:
+    if not data_dir:
+        raise ValueError(
+            "pass the folder of the grocery set: --config configs/grocery.py:data_dir=..."
+        )
+    source = {"name": "grocery", "data_dir": data_dir}
+    config = ConfigDict()
+    config.total = total
+    sizes = {"width": 128, "mlp_dim": 512, "num_heads": 4}
+    config.model = ConfigDict(
+        {
+            "img": {"variant": "S/8", "depth": 3, **sizes},
+            "txt": {"variant": "S", "depth": 2, **sizes},
+        }
+    )
+    config.input = ConfigDict(
+        {
+            "batch_size": batch_size,
+            "res": res,
+            "token_len": 64,
+            "source": {**source, "split": "train"},
+            "random_crop": 0.4,
+            "flip": True,
+            "num_threads": 2,
+        }
+    )
+    config.lr = 1e-3
+    config.wd = 1e-4
+    config.schedule = ConfigDict({"name": "cosine", "warmup": "10 percent"})
+    config.log_every = 50
+    config.checkpoint = ConfigDict({"every": "200 steps"})
+    zeroshot = {"type": "zeroshot", "batch_size": 256, "templates": ("a photo of {}", "{}")}
+    config.evals = ConfigDict(
+        {
+            "fine": {**zeroshot, "source": {**source, "split": "test"}},
+            "coarse": {**zeroshot, "source": {**source, "split": "test", "labels": "coarse"}},
+        }
+    )
+    return config
