@@ -81,8 +81,8 @@ def main(argv: list[str]) -> int:
 
 def run(flags: argparse.Namespace, rest: list[str]) -> int:
     # Imports take seconds, so they stand where they are first needed.
-    from input_pipeline.errors import UserError
     from trainers import distributed
+    from trainers.config import UserError
 
     try:
         config, decision = checked(flags, rest)
@@ -113,9 +113,9 @@ def checked(flags: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     """The config, which fits the workdir, and the other processes; UserError before any work."""
     import jax
 
-    from input_pipeline.errors import UserError
     from trainers import config as configs
     from trainers import distributed
+    from trainers.config import UserError
 
     overrides, rest = configs.split_overrides(rest)
     if rest:
