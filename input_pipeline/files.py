@@ -29,7 +29,7 @@ class Files:
       text_column: the caption; in JSONL also a list of captions. '': there are none, which
         is enough for classification.
       split_column: the split of a row. A table without this column is all 'train'.
-      split: the rows to take.
+      split: the rows to take; '': all, for training without a held-out part.
       label_column: the class, for evaluation: a name (class_names is then all names of the table,
         sorted) or an integer. '': none.
 
@@ -205,6 +205,8 @@ def _refuse(path: str, rows: Rows, bad: list[bool], what: str) -> None:
 
 
 def _of_split(path: str, rows: Rows, column: str, split: str) -> list[int]:
+    if not split:
+        return list(range(len(rows)))
     if not any(column in row for _, row in rows):
         if split == "train":
             return list(range(len(rows)))

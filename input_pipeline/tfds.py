@@ -20,11 +20,13 @@ class Tfds:
       data_dir: the folder it was prepared in; '': $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       split: as in TFDS, slices too: 'validation', 'train[:99%]'.
       image: path of the image among the features.
-      text: path of the caption or captions ('captions/text' in coco_captions). '': none.
+      text: path of the caption or captions ('captions/text' in coco_captions). '': none, which
+        is enough for classification.
       label: path of the class ('label' in imagenet2012), which gives class_names. '': none.
 
     Raises:
-      UserError: it is not prepared there, is not ArrayRecord, or has no such split or feature.
+      UserError: it is not prepared there, is not ArrayRecord, or has no such split or feature;
+        when read: a file is missing or damaged.
     """
 
     def __init__(
@@ -34,12 +36,13 @@ class Tfds:
         data_dir: str = "",
         split: str = "train",
         image: str = "image",
-        text: str = "captions/text",
+        text: str = "",
         label: str = "",
     ):
         folder = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or _DEFAULT)
         builder = _builder(dataset, folder)
-        self._name, self._features = f"{dataset}/{split}", builder.info.features
+        self._name, self._folder = f"{dataset}/{split}", str(builder.data_dir)
+        self._features = builder.info.features
         self._image, picture = self._find("image", image)
         if not isinstance(picture, tfds.features.Image):
             raise UserError(
@@ -71,7 +74,7 @@ class Tfds:
         return len(self._records)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        record = self._records[i]
+        record = self._record(i)
         example = {
             "image": bytes(_at(record, self._image)),
             "texts": _strings(_at(record, self._text)) if self._text else [],
@@ -80,6 +83,21 @@ class Tfds:
         if self._label:
             example["label"] = int(_at(record, self._label))
         return example
+
+    def _record(self, i: int) -> Any:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        try:
+            record = self._records[i]
+            if _at(record, self._image) is None:  # how a file that ends too early shows
+                raise ValueError("no record")
+            return record
+        except (RuntimeError, ValueError, OSError) as error:
+            # Not one bad image: these files have checksums, and a copy of them went wrong.
+            raise UserError(
+                f"tfds: record {i} of {self._name} in {self._folder} cannot be read "
+                f"({' '.join(str(error).split())[:200]}); copy or prepare the data set again"
+            ) from error
 
     def _find(self, option: str, path: str) -> tuple[tuple[str, ...], Any]:
         """Keys that lead to a feature, and the feature."""

@@ -201,6 +201,15 @@ def test_column_caption_and_label_mistakes(tmp_path):
     told("h.jsonl: no class in 'kind' in line 2;", path=path, label_column="kind")
 
 
+def test_no_split_takes_every_row(tmp_path):
+    put_images(tmp_path)
+    path = write(tmp_path / "t.jsonl", ROWS)
+    assert len(Files(path=path, split="")) == len(ROWS) > len(Files(path=path))
+    plain = [{"image": row["image"], "caption": row["caption"]} for row in ROWS]
+    path = write(tmp_path / "p.jsonl", plain)
+    assert len(Files(path=path, split="")) == len(ROWS)
+
+
 def test_split_mistakes(tmp_path):
     path = write(tmp_path / "t.jsonl", ROWS)
     told("t.jsonl has no rows of split 'vall'; the nearest: val", path=path, split="vall")

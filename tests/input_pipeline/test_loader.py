@@ -1,12 +1,17 @@
 """The order of examples is a function of (seed, step) and of nothing else."""
 
+import io
 import threading
 import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from input_pipeline import loader
+from input_pipeline.memory import Memory
+from input_pipeline.tokenizers import Bytes
+from input_pipeline.transforms import make_preprocess
 
 
 class Preprocess:
@@ -44,20 +49,28 @@ def test_threads_change_nothing():
         np.testing.assert_array_equal(one, texts(stream(num_threads=num_threads, prefetch=3)))
 
 
+# 4: one chunk; 132: several, of another size on each number of processes (22, 22, 11)
+@pytest.mark.parametrize("batch_size", [4, 132])
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_see_the_rows_of_the_same_global_batches(processes):
-    whole = stream()
-    parts = [stream(process_index=p, process_count=processes) for p in range(processes)]
+def test_processes_see_the_rows_of_the_same_global_batches(processes, batch_size):
+    whole = stream(batch_size=batch_size, steps=5)
+    positions = np.concatenate([batch["position"] for batch in whole])
+    np.testing.assert_array_equal(positions, np.arange(5 * batch_size))
+    parts = [
+        stream(batch_size=batch_size, steps=5, process_index=p, process_count=processes)
+        for p in range(processes)
+    ]
     for key in ("text", "position"):
         for step, batch in enumerate(whole):
             together = np.concatenate([part[step][key] for part in parts])
             np.testing.assert_array_equal(together, batch[key])
 
 
-def test_the_stream_resumed_at_any_step_is_the_suffix():
-    whole = stream(examples=10, batch_size=4, steps=12)  # epochs end inside batches
+@pytest.mark.parametrize("batch_size", [4, 132])
+def test_the_stream_resumed_at_any_step_is_the_suffix(batch_size):
+    whole = stream(examples=10, batch_size=batch_size, steps=12)  # epochs end inside batches
     for start in range(12):
-        rest = stream(examples=10, batch_size=4, steps=12 - start, start_step=start)
+        rest = stream(examples=10, batch_size=batch_size, steps=12 - start, start_step=start)
         np.testing.assert_array_equal(texts(rest), texts(whole[start:]))
 
 
@@ -112,6 +125,80 @@ def test_eval_batches_hold_each_example_once_on_any_number_of_processes():
             assert seen == [i + 1 for i in range(examples)]
 
 
+def test_no_more_is_made_ahead_than_asked_for():
+    made = []
+
+    class Counting(Preprocess):
+        def example(self, example, rng):
+            made.append(example)
+            return super().example(example, rng)
+
+    with loader.train_batches(
+        range(10), Counting(), batch_size=64, seed=0, num_threads=2, prefetch=3
+    ) as batches:
+        for taken in range(1, 4):
+            next(batches)
+            deadline = time.monotonic() + 30
+            while len(made) < (taken + 3) * 64 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            assert len(made) == (taken + 3) * 64
+
+
+def png(color):
+    file = io.BytesIO()
+    Image.new("RGB", (5, 4), color).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_bad_images_are_masked_in_place_and_recorded():
+    images = [png((i, 0, 0)) for i in range(8)]
+    images[3] = b"no image"
+    images[5] = images[5][:-20]
+    source = Memory(images=images, texts=[chr(97 + i) for i in range(8)])
+    preprocess = make_preprocess(Bytes(), res=2, token_len=3)
+    with loader.train_batches(source, preprocess, batch_size=8, seed=0, prefetch=1) as batches:
+        batch = next(batches)
+    assert batch["image"].shape == (8, 2, 2, 3) and batch["image"].dtype == np.uint8
+    assert batch["text"].shape == (8, 3) and batch["text"].dtype == np.int32
+    assert batch["mask"].dtype == bool and batch["mask"].sum() == 6
+    assert not batch["image"][~batch["mask"]].any() and not batch["text"][~batch["mask"]].any()
+    red = batch["image"][batch["mask"]][:, 0, 0, 0]
+    assert sorted(red) == [0, 1, 2, 4, 6, 7]
+    np.testing.assert_array_equal(batch["text"][batch["mask"]][:, 0], ord("a") + 3 + red)
+    assert set(preprocess.bad.reasons) == {"memory/3", "memory/5"}
+
+
+def settled(threads: int) -> bool:
+    """Whether no more threads than these are left, after a while at most."""
+    deadline = time.monotonic() + 30
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return threading.active_count() <= threads
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_an_exception_in_a_source_ends_the_batches_and_their_threads(num_threads):
+    before = threading.active_count()
+
+    class Source:
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, i):
+            raise OSError(f"disk gone at {i}")
+
+    batches = loader.train_batches(
+        Source(), Preprocess(), batch_size=64, seed=0, num_threads=num_threads
+    )
+    with pytest.raises(OSError, match="disk gone"):
+        next(batches)
+    with pytest.raises(StopIteration):  # never the batch after the one that failed
+        next(batches)
+    assert settled(before)
+
+
 def test_what_an_example_raises_is_raised_by_next():
     def broken(i):
         raise KeyError(f"example {i}")
@@ -123,6 +210,7 @@ def test_what_an_example_raises_is_raised_by_next():
         next(batches)
 
 
+@pytest.mark.timeout(120)
 def test_close_ends_the_threads_even_while_they_work():
     before = threading.active_count()
 
@@ -135,10 +223,7 @@ def test_close_ends_the_threads_even_while_they_work():
     next(batches)
     batches.close()
     batches.close()
-    deadline = time.monotonic() + 30
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert threading.active_count() <= before
+    assert settled(before)
     with pytest.raises(StopIteration):
         next(batches)
 

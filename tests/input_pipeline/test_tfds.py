@@ -3,6 +3,7 @@
 import concurrent.futures
 import io
 import re
+import shutil
 import subprocess
 import sys
 
@@ -105,7 +106,7 @@ def told(pattern, **kw):
 
 
 def test_captions_come_back_and_images_stay_encoded(data_dir):
-    source = Tfds(dataset="tiny_captions", data_dir=data_dir)
+    source = Tfds(dataset="tiny_captions", data_dir=data_dir, text="captions/text")
     assert len(source) == 10 and source.class_names is None
     seen = set()
     for at in range(10):
@@ -137,7 +138,7 @@ def test_a_key_may_have_slashes(data_dir):
 
 
 def test_classes(data_dir):
-    given = {"dataset": "tiny_classes", "data_dir": data_dir, "split": "validation", "text": ""}
+    given = {"dataset": "tiny_classes", "data_dir": data_dir, "split": "validation"}
     source = Tfds(**given, label="label")
     assert source.class_names == ["ant", "bee"] and len(source) == 4
     for at in range(4):
@@ -179,6 +180,7 @@ def test_mistakes(data_dir, tmp_path):
         dataset="tiny_classes",
         data_dir=data_dir,
         split="validation",
+        text="captions/text",
     )
     told("has no feature image='imag'; the nearest: image", **given, image="imag")
     told("image='title' of tiny_captions is not an image", **given, image="title")
@@ -186,6 +188,24 @@ def test_mistakes(data_dir, tmp_path):
     told("text='captions' of tiny_captions is not text", **given, text="captions")
     told("label='title' of tiny_captions is not a class", **given, label="title")
     told("label='captions/id' of tiny_captions is not a class", **given, label="captions/id")
+
+
+def flip(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [flip, lambda data: data[: len(data) // 2], None])
+def test_damaged_files_are_named(data_dir, tmp_path, damage):
+    folder = tmp_path / "tiny_classes"
+    shutil.copytree(f"{data_dir}/tiny_classes", folder)
+    (shard,) = folder.rglob("*array_record*")
+    data = shard.read_bytes()
+    shard.unlink()
+    if damage:
+        shard.write_bytes(damage(data))
+    with pytest.raises(UserError, match=r"^[^\n]*tiny_classes[^\n]*$"):
+        list(Tfds(dataset="tiny_classes", data_dir=str(tmp_path), split="validation"))
 
 
 def test_tfrecord_is_refused_with_what_to_do(data_dir, tmp_path):
