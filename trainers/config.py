@@ -11,6 +11,7 @@ syntax and the parsing of single values are its own (absl's parsers).
 """
 
 import dataclasses
+import difflib
 import inspect
 import json
 import os
@@ -486,8 +487,9 @@ def _unknown(key: str, tree: dict[str, Any], *, flag: bool = False) -> str:
             return f"{told}: it is a key of {prefix}{choice}={' or '.join(owners)}, {chosen}"
     keys = [path for path, _ in _leaves(tree)]
     near = [_join(_parent(key), name) for name in close(_leaf(key), siblings)]
-    near += [path for path in keys if _leaf(path) == _leaf(key)]
-    near += close(key, keys)
+    same_name = [path for path in keys if _leaf(path) == _leaf(key)]
+    near += difflib.get_close_matches(key, same_name, n=3, cutoff=0)
+    near = near or close(key, keys)
     if near := list(dict.fromkeys(near))[:3]:
         return f"{told}; the nearest: {listed(prefix + path for path in near)}"
     if siblings:
