@@ -1,6 +1,7 @@
 """Transformer parts of both towers. Submodules are named as in the released checkpoints."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -28,7 +29,7 @@ VARIANTS = {
 REMAT = ("none", "full", "dots")
 
 
-def decode_variant(variant: str) -> tuple[dict[str, int], int | None]:
+def decode_variant(variant: str) -> tuple[dict[str, Any], int | None]:
     """Splits 'B/16' into the sizes of B and the patch size (None in 'B').
 
     Raises:
@@ -39,7 +40,8 @@ def decode_variant(variant: str) -> tuple[dict[str, int], int | None]:
         raise ValueError(f"variant {variant!r}: {name!r} is none of {', '.join(VARIANTS)}")
     if slash and not (patch.isdigit() and int(patch)):
         raise ValueError(f"variant {variant!r}: the patch size must be a positive integer")
-    sizes = dict(zip(("width", "depth", "mlp_dim", "num_heads"), VARIANTS[name]))
+    names = ("width", "depth", "mlp_dim", "num_heads")
+    sizes: dict[str, Any] = dict(zip(names, VARIANTS[name]))
     return sizes, int(patch) if slash else None
 
 
@@ -118,7 +120,9 @@ class Encoder(nn.Module):
                 prevent_cse=not self.scan,  # a scan's body cannot be merged with its copy
                 policy=policy if self.remat == "dots" else None,
             )
-        sizes = dict(mlp_dim=self.mlp_dim, num_heads=self.num_heads, dtype=self.dtype)
+        sizes: dict[str, Any] = dict(
+            mlp_dim=self.mlp_dim, num_heads=self.num_heads, dtype=self.dtype
+        )
         if self.scan:
             layers = nn.scan(
                 block,

@@ -1,4 +1,4 @@
-"""Eight emulated CPU devices, strict JAX, and the real data sets where they lie beside the checkout."""
+"""Eight emulated CPU devices, strict JAX, and the data sets where they lie beside the checkout."""
 
 import os
 import pathlib

@@ -4,10 +4,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jaxtyping import Array, Bool, Int, PyTree
 
 from siglip import logit_stats
@@ -15,14 +15,14 @@ from siglip.losses import Loss
 from siglip.sharding import batch_sharding, params_sharding, replicated
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TrainState:
     step: Int[Array, ""]  # updates made so far
     params: PyTree
     opt_state: PyTree
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Tally:
     """What must not be missed between two log lines, kept on the device. Not checkpointed."""
 

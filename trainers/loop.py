@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from clu import parameter_overview
-from ml_collections import ConfigDict
 
 from input_pipeline import SOURCES, loader
 from input_pipeline.device import to_device
@@ -55,7 +54,7 @@ class Run:
         )
 
 
-def train(config: ConfigDict, workdir: str | pathlib.Path) -> Results:
+def train(config: Any, workdir: str | pathlib.Path) -> Results:
     """Trains to the end of config.total, from wherever the workdir stands, and evaluates.
 
     Returns what it writes to <workdir>/results.json.
@@ -140,7 +139,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Results:
     return final
 
 
-def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Results:
+def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
     """All evaluators on the newest checkpoint of the workdir; writes results.json.
 
     Raises:

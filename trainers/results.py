@@ -21,6 +21,7 @@ def table(results: Results) -> str:
         for metric, got in metrics.items():
             value, chance = got["value"], got["chance"]
             # Times chance says something of shares; a loss at chance level is just a level.
+            assert value is not None
             share = chance is not None and 0 < chance < 1 and not metric.endswith("loss")
             rows.append(
                 (
@@ -28,7 +29,7 @@ def table(results: Results) -> str:
                     metric,
                     _number(value, share),
                     "" if chance is None else _number(chance, share),
-                    f"{value / chance:.1f}" if share else "",
+                    f"{value / chance:.1f}" if chance and share else "",
                 )
             )
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 import siglip
 from evaluators import EVALUATORS
@@ -23,7 +22,7 @@ from trainers import durations
 class Setup:
     """What training and evaluation share."""
 
-    config: ConfigDict
+    config: Any
     mesh: jax.sharding.Mesh
     preprocess: Preprocess
     model: TwoTowers
@@ -40,7 +39,7 @@ class Setup:
             return jax.eval_shape(self.model.init, jax.random.key(0), *self.inputs)["params"]
 
 
-def make_setup(config: ConfigDict) -> Setup:
+def make_setup(config: Any) -> Setup:
     """Raises UserError where values of the config do not fit each other."""
     with mistakes_of("mesh"):
         mesh = make_mesh(**without(config.mesh, "cpu_devices"))
@@ -83,7 +82,7 @@ def make_evaluators(setup: Setup) -> dict[str, Any]:
     return evaluators
 
 
-def check_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError for a batch that devices (and so processes) do not divide."""
     batch_size = config.input.batch_size
     if batch_size < 1 or batch_size % mesh.size:
@@ -105,7 +104,7 @@ class Plan:
     evals: dict[str, int | None]  # None: only at the end
 
 
-def make_plan(config: ConfigDict, examples_per_epoch: int) -> Plan:
+def make_plan(config: Any, examples_per_epoch: int) -> Plan:
     """Raises UserError for a duration that is none, or a run without steps."""
     if examples_per_epoch < 1:
         raise UserError("config.input.source holds no examples")
@@ -142,12 +141,12 @@ def sharded(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
     )
 
 
-def chosen(components: dict[str, Any], block: ConfigDict) -> Any:
+def chosen(components: dict[str, Any], block: Any) -> Any:
     """The component that a block names, made with the block's other keys."""
     return components[block.name](**without(block, "name"))
 
 
-def without(block: ConfigDict, *keys: str) -> dict[str, Any]:
+def without(block: Any, *keys: str) -> dict[str, Any]:
     """A plain dict of the block's other keys."""
     return {k: v for k, v in block.to_dict().items() if k not in keys}
 
