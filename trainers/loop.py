@@ -1,15 +1,17 @@
 """The life of a run: start or go on, update, log, save, evaluate, stop."""
 
 import collections
+import contextlib
 import dataclasses
+import json
 import pathlib
-import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from clu import parameter_overview
+from jax.experimental import multihost_utils
 
 from input_pipeline import SOURCES, loader
 from input_pipeline.device import to_device
@@ -19,12 +21,13 @@ from trainers import config as configs
 from trainers.clock import Clock
 from trainers.metrics import Writer
 from trainers.optimizer import frozen_mask, make_tx
-from trainers.preemption import Interrupted, StopRequest
+from trainers.preemption import Interrupted, StopNow, StopRequest
 from trainers.progress import Progress, memory
 from trainers.results import Results
 
 __all__ = ["Diverged", "Interrupted", "evaluate", "train"]
 
+PARAMETERS = "parameters.txt"
 AHEAD = 2  # updates in flight: the host prepares one while the device does another
 
 
@@ -36,9 +39,11 @@ class Diverged(Exception):
 class Run:
     """What the parts of the loop share."""
 
-    setup: setup.Setup
+    things: setup.Setup
     workdir: pathlib.Path
     plan: setup.Plan
+    first: int  # the step after which this life of the run begins
+    logged: frozenset[str]  # evaluators whose numbers of that step an earlier life has logged
     evaluators: dict[str, Any]
     checkpoints: checkpointing.Checkpoints
     writer: Writer
@@ -47,11 +52,14 @@ class Run:
 
     def save(self, step: int, state: contrastive.TrainState) -> None:
         """The state and the position in the data: batches are a function of (seed, step)."""
-        config = self.setup.config
-        examples = step * config.input.batch_size
-        self.checkpoints.save(
-            step, state, {"step": step, "seed": config.seed, "examples": examples}
-        )
+        self.writer.flush()  # a power cut must not leave a checkpoint that is ahead of the log
+        self.checkpoints.save(step, state, _position(self.things.config, step))
+
+    def interrupt(self, step: int, state: contrastive.TrainState) -> NoReturn:
+        self.save(step, state)
+        self.checkpoints.wait()
+        where = self.checkpoints.directory / str(step)
+        raise Interrupted(f"stopped at step {step} of {self.plan.total}, saved in {where}")
 
 
 def train(config: Any, workdir: str | pathlib.Path) -> Results:
@@ -81,61 +89,63 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
     abstract, init = contrastive.make_state(
         things.model, tx, things.mesh, seed=config.seed, inputs=things.inputs
     )
-    if is_main:
-        configs.save(config, workdir)
-    checkpoints = checkpointing.Checkpoints(
-        str(workdir),
-        every=plan.save_every,
-        keep_last=config.checkpoint.keep_last,
-        keep_every=plan.keep_every,
-    )
-    state, first, told = _start(config, workdir, checkpoints, abstract, init)
-
-    writer = Writer(workdir, is_main=is_main)
-    writer.rewind(first if first else -1)
-    clock = Clock(
-        total_steps=plan.total,
-        batch_size=config.input.batch_size,
-        num_devices=things.mesh.size,
-        start_step=first,
-        evals=plan.evals,
-    )
-    progress = Progress(clock, is_main=is_main)
-    run = Run(things, workdir, plan, evaluators, checkpoints, writer, clock, progress)
-    _introduce(run, source, state, first, told)
-    update = contrastive.make_update(
-        things.model,
-        things.loss_fn,
-        tx,
-        schedule,
-        frozen_mask(config, params),
-        things.mesh,
-        jax.tree.map(lambda x: x.sharding, abstract),
-        seed=config.seed,
-        log_every=config.log_every,
-    )
-    batches = loader.train_batches(
-        source,
-        things.preprocess,
-        batch_size=config.input.batch_size,
-        seed=config.seed,
-        start_step=first,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        num_threads=config.input.num_threads,
-        prefetch=config.input.prefetch,
-    )
-    try:
-        state = _updates(run, update, state, batches, first)
+    with contextlib.ExitStack() as closing:
+        checkpoints = checkpointing.Checkpoints(
+            str(workdir),
+            every=plan.save_every,
+            keep_last=config.checkpoint.keep_last,
+            keep_every=plan.keep_every,
+        )
+        closing.callback(checkpoints.close)
+        state, first, start = _start(config, plan.total, workdir, checkpoints, abstract, init)
+        if is_main:  # only now: a start that failed must not bind the workdir to its config
+            configs.save(config, workdir)
+        writer = Writer(workdir, is_main=is_main)
+        closing.callback(writer.close)
+        writer.rewind(first if start.kind == "workdir" else -1)
+        clock = Clock(
+            total_steps=plan.total,
+            batch_size=config.input.batch_size,
+            num_devices=things.mesh.size,
+            start_step=first,
+            evals=plan.evals,
+        )
+        progress = Progress(clock, is_main=is_main)
+        closing.callback(progress.close)
+        logged = _logged(workdir, first, evaluators)
+        run = Run(
+            things, workdir, plan, first, logged, evaluators, checkpoints, writer, clock, progress
+        )
+        _introduce(run, len(source), state, start)
+        update = contrastive.make_update(
+            things.model,
+            things.loss_fn,
+            tx,
+            schedule,
+            frozen_mask(config, params),
+            things.mesh,
+            jax.tree.map(lambda x: x.sharding, abstract),
+            seed=config.seed,
+            log_every=config.log_every,
+        )
+        batches = loader.train_batches(
+            source,
+            things.preprocess,
+            batch_size=config.input.batch_size,
+            seed=config.seed,
+            start_step=first,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=config.input.num_threads,
+            prefetch=config.input.prefetch,
+        )
+        closing.callback(batches.close)
+        missed = _due(plan, first) if start.kind == "workdir" else []
+        state = _updates(run, update, state, batches, [k for k in missed if k not in logged])
         run.save(plan.total, state)
         final = _evaluations(run, state.params, plan.total, list(evaluators))
         checkpoints.wait()
-    finally:
-        progress.close()
-        batches.close()
-        checkpoints.close()
-        writer.close()
-    _report(final, workdir)
+    _report(final, evaluators, workdir)
     return final
 
 
@@ -158,66 +168,116 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
         if jax.process_index() == 0:
             print(f"evaluating {name} at step {start.step}", flush=True)
         final[name] = _evaluate_one(evaluator, params)
-    _report(final, workdir)
+    _report(final, evaluators, workdir)
     return final
 
 
-def _start(config, workdir, checkpoints, abstract, init) -> tuple[Any, int, str]:
-    """Which checkpoint wins is find_start's; (state, its step, a sentence about it)."""
+def _start(config, total, workdir, checkpoints, abstract, init):
+    """(state, step, Start) of the checkpoint that find_start says wins."""
     start = checkpointing.find_start(str(workdir), config.resume, config.init)
+    state, step = None, 0
     match start.kind:
         case "workdir":
             state, _, step = checkpoints.restore(abstract)
-            return state, step, f"going on from step {step}"
+            start = dataclasses.replace(start, step=step)  # not the newest if that is damaged
         case "resume":
-            state, _ = checkpointing.restore_state(str(start.path), abstract)
-            return state, start.step, f"going on from step {start.step} of {start.path}"
+            state, saved, step = checkpointing.restore_state(str(start.path), abstract)
+            here = _position(config, step)
+            if differing := [k for k in here if saved.get(k, here[k]) != here[k]]:
+                raise UserError(
+                    f"config.resume goes on in the data where {start.path} stopped, but "
+                    + ", ".join(f"{k} is {saved[k]} there, {here[k]} here" for k in differing)
+                    + " (seed and input.batch_size must be those of that run; config.init takes "
+                    "its weights alone)"
+                )
         case "init":
             params = checkpointing.restore_params(str(start.path), abstract.params)
-            return init().replace(params=params), 0, f"starting from the weights of {start.path}"
+            state = init().replace(params=params)
         case _:
-            return init(), 0, "starting from scratch"
+            state = init()
+    if step > total:
+        raise UserError(
+            f"the checkpoint to go on from is at step {step}, beyond the {total} steps of "
+            f"config.total={config.total!r} with this data"
+        )
+    return state, step, start
 
 
-def _updates(run: Run, update, state, batches: Iterable[dict], first: int):
-    """All updates from step `first` to the end, and what falls due between them."""
-    config, plan, mesh = run.setup.config, run.plan, run.setup.mesh
+def _position(config, step: int) -> dict[str, int]:
+    return {"step": step, "seed": config.seed, "examples": step * config.input.batch_size}
+
+
+def _due(plan: setup.Plan, step: int) -> list[str]:
+    """Evaluators that run after `step`; after the last one all do, which is not asked here."""
+    if not 0 < step < plan.total:
+        return []
+    return [name for name, every in plan.evals.items() if every and step % every == 0]
+
+
+def _logged(workdir: pathlib.Path, step: int, names: Iterable[str]) -> frozenset[str]:
+    """Evaluators with numbers of `step` in metrics.jsonl, as process 0 sees it."""
+    names, keys = sorted(names), set()
+    if jax.process_index() == 0 and (file := workdir / "metrics.jsonl").exists():
+        for event in map(json.loads, file.read_text().splitlines()):
+            keys |= set(event) if event["step"] == step else set()
+    found = np.array([any(key.startswith(f"{name}/") for key in keys) for name in names], bool)
+    if names and jax.process_count() > 1:
+        found = multihost_utils.broadcast_one_to_all(found)
+    return frozenset(name for name, is_logged in zip(names, found) if is_logged)
+
+
+def _updates(run: Run, update, state, batches: Iterator[dict], missed: list[str]):
+    """All updates to the end, and what falls due between them.
+
+    `missed`: evaluators that were due after the first step, when the run was stopped.
+    """
+    config, plan, mesh = run.things.config, run.plan, run.things.mesh
     tally, in_flight = contrastive.new_tally(mesh), collections.deque()
     with StopRequest() as stop:
-        for step in range(first + 1, plan.total + 1):
+        _evaluations_between(run, stop, run.first, state, missed)
+        for step in range(run.first + 1, plan.total + 1):
             with run.clock.waiting():
                 batch = next(batches)
             batch = {k: v for k, v in batch.items() if k in ("image", "text", "mask")}
             state, tally, metrics = update(state, tally, to_device(batch, mesh))
             in_flight.append(metrics["loss"])
-            if len(in_flight) > AHEAD or step == first + 1:
+            if len(in_flight) > AHEAD or step == run.first + 1:
                 jax.block_until_ready(in_flight.popleft())
-            if step == first + 1:
+            if step == run.first + 1:
                 run.clock.tick(step)  # from here on without compilation
 
             stopping = stop.reached(step)
+            logging = step % config.log_every == 0 or step == plan.total
             saving = run.checkpoints.due(step) or stopping
-            if step % config.log_every == 0 or step == plan.total or saving:
+            if logging or saving:
                 _check(run, step, tally)
                 run.clock.tick(step)
-            if step % config.log_every == 0 or step == plan.total:
+            if logging:
                 _log(run, step, metrics, tally)
-            if saving and step < plan.total:
+            if stopping:
+                run.interrupt(step, state)
+            if saving and step < plan.total:  # the last one is saved by train
                 run.save(step, state)
-            if stopping and step < plan.total:
-                run.checkpoints.wait()
-                raise Interrupted(f"stopped at step {step} of {plan.total}, saved")
-            due = [k for k, every in plan.evals.items() if every and step % every == 0]
-            if due and step < plan.total:
-                _evaluations(run, state.params, step, due)
+            _evaluations_between(run, stop, step, state, _due(plan, step))
     return state
+
+
+def _evaluations_between(run: Run, stop: StopRequest, step: int, state, names: list[str]) -> None:
+    """Evaluations before the end. They may take minutes, which a preempted machine does not have:
+    a request to stop breaks them off, and the next life of the run makes up for them."""
+    if names:
+        try:
+            with stop.at_once():
+                _evaluations(run, state.params, step, names)
+        except StopNow:
+            run.interrupt(step, state)
 
 
 def _log(run: Run, step: int, metrics: dict[str, jax.Array], tally) -> None:
     """One event of everything; logit statistics are NaN on a last step that is not due."""
     scalars = {k: float(v) for k, v in jax.device_get(metrics).items()}
     scalars = {k: v for k, v in scalars.items() if not np.isnan(v)}
-    scalars |= {"epoch": step * run.setup.config.input.batch_size / run.plan.epoch}
+    scalars |= {"epoch": step * run.things.config.input.batch_size / run.plan.epoch}
     scalars |= {"bad_examples": int(tally.bad_examples)}
     scalars |= run.clock.rates() | memory()
     run.writer.write_scalars(step, scalars)
@@ -227,34 +287,42 @@ def _log(run: Run, step: int, metrics: dict[str, jax.Array], tally) -> None:
 def _check(run: Run, step: int, tally: contrastive.Tally) -> None:
     """Stops a run that has diverged, or whose data are bad. The same on every process."""
     tally = jax.device_get(tally)
+    bad, examples = int(tally.bad_examples), int(tally.examples)
+    allowed = run.things.config.input.max_bad_fraction
+    # Of few examples one is a large share already, so a single one stops no run that allows any.
+    if bad > max(allowed * examples, 1 if allowed else 0):
+        worst = run.things.preprocess.bad.worst() or "read by other processes"
+        raise UserError(
+            f"{bad} of {examples} examples did not decode by step {step}, more than "
+            f"config.input.max_bad_fraction={allowed}; the worst: {worst}"
+        )
     if tally.first_nonfinite != contrastive.NONE:
-        bad = int(tally.first_nonfinite)
         run.checkpoints.wait()
         last = run.checkpoints.latest_step()
-        where = f"{run.checkpoints.directory / str(last)}" if last is not None else "none yet"
+        if last is None:
+            advice = "there is no checkpoint yet; try a lower lr, or clip_norm, in a new workdir"
+        else:
+            where = run.checkpoints.directory / str(last)
+            advice = (
+                f"the last good checkpoint is {where}; try a lower lr, or clip_norm, in a new "
+                f"workdir with --config.resume={where}"
+            )
         raise Diverged(
-            f"loss or gradient is not finite at step {bad}; no later step has changed the "
-            f"parameters. Last good checkpoint: {where}. Try a lower lr, or clip_norm"
-        )
-    allowed = run.setup.config.input.max_bad_fraction
-    share = tally.bad_examples / max(1, tally.examples)
-    if share > allowed:
-        raise UserError(
-            f"{tally.bad_examples} of {tally.examples} examples did not decode by step {step}, "
-            f"more than config.input.max_bad_fraction={allowed}; the worst: "
-            f"{run.setup.preprocess.bad.worst()}"
+            f"loss or gradient was not finite at step {tally.first_nonfinite}, which has changed "
+            f"no parameter; {advice}"
         )
 
 
-def _evaluations(run: Run, params, step: int, names: list[str]) -> Results:
-    """Runs and logs some of the evaluators."""
+def _evaluations(run: Run, params, step: int, names: Iterable[str]) -> Results:
+    """Runs some of the evaluators, and logs what is not logged yet."""
     found: Results = {}
     for name in names:
         run.progress.note(f"evaluating {name} at step {step}")
         with run.clock.evaluating(name, step):
             found[name] = _evaluate_one(run.evaluators[name], params)
         scalars = {f"{name}/{metric}": got["value"] for metric, got in found[name].items()}
-        run.writer.write_scalars(step, scalars)
+        if step != run.first or name not in run.logged:
+            run.writer.write_scalars(step, scalars)
         run.progress.note("  " + ", ".join(f"{k} {v:.4f}" for k, v in scalars.items()))
     return found
 
@@ -263,25 +331,40 @@ def _evaluate_one(evaluator, params) -> dict[str, dict[str, float | None]]:
     return {m: {"value": float(v), "chance": c} for m, v, c in evaluator.run(params)}
 
 
-def _introduce(run: Run, source, state, first: int, told: str) -> None:
+def _introduce(run: Run, examples: int, state, start: checkpointing.Start) -> None:
     """What is about to be trained, on what: once per life, the parameter table in a file."""
-    config, mesh = run.setup.config, run.setup.mesh
+    config, mesh, total = run.things.config, run.things.mesh, run.plan.total
     arrays = jax.tree.leaves(state.params)
+    told = {
+        "workdir": f"going on from step {run.first} of {run.workdir}",
+        "resume": f"going on from {start.path} in {run.workdir}",
+        "init": f"starting from the weights of {start.path} in {run.workdir}",
+        "scratch": f"starting from scratch in {run.workdir}",
+    }[start.kind]
+    if run.first == total:
+        told = f"{run.workdir} is trained already, evaluating it again"
+    epochs = total * config.input.batch_size / examples
     run.progress.note(
-        f"{told}: {sum(x.size for x in arrays):,} parameters in {len(arrays)} arrays, "
-        f"{len(source):,} examples, {run.plan.total:,} steps of {config.input.batch_size} on "
-        f"{mesh.size} {mesh.devices.flat[0].platform} devices ({dict(mesh.shape)}), "
-        f"loss {config.loss.name}, jax {jax.__version__}, workdir {run.workdir}"
+        f"{told}\n"
+        f"  model: {sum(x.size for x in arrays):,} parameters in {len(arrays)} arrays\n"
+        f"  data: {examples:,} examples; {total:,} steps of {config.input.batch_size}, "
+        f"{epochs:.3g} epochs\n"
+        f"  devices: {mesh.size} {mesh.devices.flat[0].platform}, "
+        f"mesh {', '.join(f'{k}={v}' for k, v in mesh.shape.items())}; "
+        f"loss {config.loss.name}; jax {jax.__version__}"
     )
-    if jax.process_index() == 0 and first == 0:
+    if jax.process_index() == 0 and not (run.workdir / PARAMETERS).exists():
         table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-        (run.workdir / "parameters.txt").write_text(table + "\n")
-        run.writer.write_texts(0, {"parameters": f"```\n{table}\n```"})
+        (run.workdir / PARAMETERS).write_text(table + "\n")
+    if jax.process_index() == 0 and start.kind != "workdir":
+        table = (run.workdir / PARAMETERS).read_text()
+        run.writer.write_texts(run.first, {"parameters": f"```\n{table}```"})
         run.writer.write_hparams(config.to_dict())
 
 
-def _report(final: Results, workdir: pathlib.Path) -> None:
+def _report(final: Results, evaluators: Mapping[str, Any], workdir: pathlib.Path) -> None:
     if jax.process_index() == 0:
         results.write_json(workdir / "results.json", final)
-        print(f"\n{results.table(final)}\n\nrun: {workdir}", flush=True)
-        sys.stdout.flush()
+        table = results.table(final) if final else "no evaluator is declared (config.evals)"
+        measured = "\n".join(f"{name}: {evaluators[name].protocol}" for name in final)
+        print(f"\n{table}\n\n{measured}\n\nrun: {workdir}", flush=True)

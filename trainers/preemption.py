@@ -1,8 +1,10 @@
 """Ctrl-C and SIGTERM end a run at the next step, all processes at the same one."""
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -10,6 +12,10 @@ from jax.experimental import multihost_utils
 
 class Interrupted(Exception):
     """The run was asked to stop, and has saved its state: the same command continues it."""
+
+
+class StopNow(KeyboardInterrupt):
+    """Raised within StopRequest.at_once."""
 
 
 class StopRequest:
@@ -20,7 +26,7 @@ class StopRequest:
     """
 
     def __enter__(self) -> "StopRequest":
-        self._asked = False
+        self._asked = self._at_once = False
         self._together = jax.process_count() > 1
         caught = [signal.SIGINT] if self._together else [signal.SIGINT, signal.SIGTERM]
         self._previous = {s: signal.signal(s, self._handle) for s in caught}
@@ -39,6 +45,22 @@ class StopRequest:
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX's notifier tells the other processes
         self._asked = True
+        if self._at_once:
+            raise StopNow
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, the first Ctrl-C or SIGTERM raises StopNow: for long work that changes nothing.
+
+        Several processes finish that work: they could not agree on where to leave it.
+        """
+        self._at_once = not self._together
+        try:
+            if self._at_once and self._asked:
+                raise StopNow
+            yield
+        finally:
+            self._at_once = False
 
     def reached(self, step: int) -> bool:
         """Whether to stop now, after `step`; the same answer on every process. Call every step."""
