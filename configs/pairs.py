@@ -21,6 +21,8 @@ def get_config(
     batch_size: int = 256,
     total: str = "30 epochs",
 ) -> ConfigDict:
+    if not path:
+        raise ValueError("pass your pairs: --config configs/pairs.py:path=pairs.jsonl")
     config = ConfigDict()
     config.total = total
     config.model = ConfigDict(

@@ -6,8 +6,23 @@ python main.py --config configs/quickstart.py --workdir runs/quickstart
 
 from ml_collections import ConfigDict
 
+# Prompts are whole captions, with many second shapes, of whose embeddings the mean is taken.
+TEMPLATES = tuple(
+    f"a {{}} {relation} a small {second} on {ground}"
+    for relation, second, ground in [
+        ("above", "red disc", "black"),
+        ("below", "blue star", "white"),
+        ("left of", "lime ring", "navy"),
+        ("right of", "gold plus", "tan"),
+        ("above", "pink moon", "white"),
+        ("below", "cyan box", "black"),
+        ("left of", "plum disc", "tan"),
+        ("right of", "gray star", "navy"),
+    ]
+)
 
-def get_config(batch_size: int = 64, res: int = 32, total: str = "600 steps") -> ConfigDict:
+
+def get_config(batch_size: int = 64, res: int = 32, total: str = "400 steps") -> ConfigDict:
     config = ConfigDict()
     config.total = total
     config.mesh = ConfigDict({"cpu_devices": 4})
@@ -37,7 +52,7 @@ def get_config(batch_size: int = 64, res: int = 32, total: str = "600 steps") ->
             "zeroshot": {
                 "type": "zeroshot",
                 "batch_size": 100,
-                "templates": ("a {}", "a {} on black", "a {} on white"),
+                "templates": TEMPLATES,
                 "source": held_out,
             },
             "retrieval": {"type": "retrieval", "batch_size": 100, "source": held_out},

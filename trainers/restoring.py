@@ -7,6 +7,7 @@ directory of one step. All processes call the functions here together.
 
 import dataclasses
 import functools
+import functools
 import pathlib
 import sys
 from typing import Any
@@ -20,10 +21,17 @@ from trainers.rules import path_name
 
 FOLDER = "checkpoints"  # in the workdir
 _SHOWN = 5  # arrays named in a message, for each kind of difference
-# The bare handlers: a Checkpointer around them waits for all processes after a restore, where one
-# that met a damaged file would never arrive. (Any: they take a pathlib.Path, but do not say so.)
-_TREE: Any = ocp.PyTreeCheckpointHandler()
-_JSON: Any = ocp.JsonCheckpointHandler()
+
+
+@functools.cache
+def _handlers() -> tuple[Any, Any]:
+    """For the tree of arrays and for JSON; made late, because they start the jax backend.
+
+    The bare handlers: a Checkpointer around them waits for all processes after a restore, where
+    one that met a damaged file would never arrive. (Any: they take a pathlib.Path, but do not say
+    so.)
+    """
+    return ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
 
 
 class DamagedCheckpoint(Exception):
@@ -115,11 +123,13 @@ def read_step(path: pathlib.Path, abstract_state: PyTree) -> tuple[PyTree, dict]
     """
     state = _read_state(path, abstract_state)
     json_args = ocp.args.JsonRestore()
-    return state, _or_damaged(path, lambda: _JSON.restore(path / "data", args=json_args))
+    _, from_json = _handlers()
+    return state, _or_damaged(path, lambda: from_json.restore(path / "data", args=json_args))
 
 
 def _read_state(path: pathlib.Path, abstract: PyTree, partial: bool = False) -> PyTree:
-    saved = _or_damaged(path, lambda: _TREE.metadata(path / "state").tree)
+    tree, _ = _handlers()
+    saved = _or_damaged(path, lambda: tree.metadata(path / "state").tree)
     _check_fits(path, saved, abstract, partial)
     abstract = jax.tree.map(_placed, abstract)
     args = ocp.args.PyTreeRestore(
@@ -127,7 +137,7 @@ def _read_state(path: pathlib.Path, abstract: PyTree, partial: bool = False) -> 
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=partial,
     )
-    return _or_damaged(path, lambda: _TREE.restore(path / "state", args=args))
+    return _or_damaged(path, lambda: tree.restore(path / "state", args=args))
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
