@@ -52,12 +52,12 @@ def test_threads_change_nothing():
 # 4: one chunk; 132: several, of another size on each number of processes (22, 22, 11)
 @pytest.mark.parametrize("batch_size", [4, 132])
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_see_the_rows_of_the_same_global_batches(processes, batch_size):
-    whole = stream(batch_size=batch_size, steps=5)
+def test_processes_see_the_rows_of_the_same_global_batches(processes, batch_size, steps=3):
+    whole = stream(batch_size=batch_size, steps=steps)
     positions = np.concatenate([batch["position"] for batch in whole])
-    np.testing.assert_array_equal(positions, np.arange(5 * batch_size))
+    np.testing.assert_array_equal(positions, np.arange(steps * batch_size))
     parts = [
-        stream(batch_size=batch_size, steps=5, process_index=p, process_count=processes)
+        stream(batch_size=batch_size, steps=steps, process_index=p, process_count=processes)
         for p in range(processes)
     ]
     for key in ("text", "position"):
@@ -66,11 +66,11 @@ def test_processes_see_the_rows_of_the_same_global_batches(processes, batch_size
             np.testing.assert_array_equal(together, batch[key])
 
 
-@pytest.mark.parametrize("batch_size", [4, 132])
-def test_the_stream_resumed_at_any_step_is_the_suffix(batch_size):
-    whole = stream(examples=10, batch_size=batch_size, steps=12)  # epochs end inside batches
-    for start in range(12):
-        rest = stream(examples=10, batch_size=batch_size, steps=12 - start, start_step=start)
+@pytest.mark.parametrize(("batch_size", "steps"), [(4, 12), (132, 3)])
+def test_the_stream_resumed_at_any_step_is_the_suffix(batch_size, steps):
+    whole = stream(examples=10, batch_size=batch_size, steps=steps)  # epochs end inside batches
+    for start in range(steps):
+        rest = stream(batch_size=batch_size, steps=steps - start, start_step=start)
         np.testing.assert_array_equal(texts(rest), texts(whole[start:]))
 
 
