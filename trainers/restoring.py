@@ -7,7 +7,6 @@ directory of one step. All processes call the functions here together.
 
 import dataclasses
 import functools
-import functools
 import pathlib
 import sys
 from typing import Any
