@@ -1,0 +1,186 @@
+"""A run of seconds: its config, as a program and inside a test, and what it leaves behind."""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+import main as program
+from trainers import config as configs
+from trainers import loop
+
+MAIN = pathlib.Path(program.__file__)
+TEMPLATE = """\
+from ml_collections import ConfigDict
+
+
+def get_config(evals="val+retrieval+zeroshot"):
+    tower = {"width": 16, "depth": 1, "mlp_dim": 32, "num_heads": 2}
+    held_out = {"name": "scenes", "split": "val", "size": 12, "res": 16}
+    held_out = {"batch_size": 8, "source": held_out}
+    known = {
+        "val": {"type": "loss", "every": "5 steps", **held_out},
+        "retrieval": {"type": "retrieval", "every": "6 steps", **held_out},
+        "zeroshot": {"type": "zeroshot", "templates": ("a {}",), **held_out},
+    }
+    return ConfigDict({
+        "total": "12 steps",
+        "log_every": 1,
+        "model": {
+            "img": {"variant": "mu/4", "drop_patches": 0.5, **tower},
+            "txt": {"variant": "mu", **tower},
+        },
+        "input": {
+            "batch_size": 16,
+            "res": 16,
+            "token_len": 24,
+            "random_crop": 0.6,
+            "flip": True,
+            "source": {"name": "scenes", "size": 72, "res": 16},
+            "num_threads": 2,
+        },
+        "optimizer": {"name": "adafactor", "min_dim": 8},
+        "checkpoint": {"every": "4 steps", "keep_last": 9},
+        "evals": {name: known[name] for name in evals.split("+") if name},
+    })
+"""
+EXAMPLES, BATCH, STEPS = 72, 16, 12  # an epoch ends in the middle of a batch
+CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": "",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+# Of one life or one machine, not of the run.
+TIMES = ("examples_per_s", "examples_per_s_per_device", "data_wait", "eta_s", "process_memory_gb")
+
+
+class Tiny:
+    """Runs the config, with everything compiled only once: most of the time is compilation."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self.config = folder / "tiny.py"
+        self.config.write_text(TEMPLATE)
+        self.cache = folder / "cache"
+
+    @contextlib.contextmanager
+    def cached(self):
+        new = dict(zip(("dir", "time", "size"), (str(self.cache), 0, -1)))
+        keys = {
+            "dir": "jax_compilation_cache_dir",
+            "time": "jax_persistent_cache_min_compile_time_secs",
+            "size": "jax_persistent_cache_min_entry_size_bytes",
+        }
+        old = {name: getattr(jax.config, key) for name, key in keys.items()}
+        for values in (new, old):
+            for name, key in keys.items():
+                jax.config.update(key, values[name])
+            jax.experimental.compilation_cache.compilation_cache.reset_cache()
+            if values is new:
+                yield
+
+    def load(self, evals: str = "val+retrieval+zeroshot", **overrides):
+        flags = [(key.replace("__", "."), str(value)) for key, value in overrides.items()]
+        return configs.load(f"{self.config}:evals={evals}", flags)
+
+    def train(self, workdir: pathlib.Path, **overrides) -> str:
+        """What it prints."""
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            loop.train(self.load(**overrides), workdir)
+        return out.getvalue()
+
+    def main(self, workdir: pathlib.Path, *flags: str, evals: str = "") -> int:
+        """main.py in this process: the exit code."""
+        config = f"--config={self.config}:evals={evals}"
+        return program.main([config, f"--workdir={workdir}", *flags])
+
+    def command(self, workdir: pathlib.Path, *flags: str, evals: str = "val") -> list[str]:
+        config = f"--config={self.config}:evals={evals}"
+        return [sys.executable, str(MAIN), config, f"--workdir={workdir}", *flags]
+
+    def start(self, command: list[str]) -> subprocess.Popen:
+        """The command as a program, on as many devices as config.mesh.cpu_devices says."""
+        env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", *CACHE)}
+        env |= {**CACHE, "JAX_COMPILATION_CACHE_DIR": str(self.cache), "JAX_PLATFORMS": "cpu"}
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    """Reads lines of its output up to the one with the text."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"no {text!r} in\n{''.join(seen)}\n{process.stderr.read()}")
+
+
+def end(process: subprocess.Popen, code: int) -> tuple[str, str]:
+    """(rest of stdout, stderr) of a process that ends with the code."""
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == code, (process.returncode, out[-3000:], err[-3000:])
+    return out, err
+
+
+def events(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def deterministic(workdir: pathlib.Path) -> list[dict]:
+    """The events without what depends on the machine."""
+    return [{k: v for k, v in e.items() if k not in TIMES} for e in events(workdir)]
+
+
+def steps_with(workdir: pathlib.Path, key: str) -> list[int]:
+    return [event["step"] for event in events(workdir) if key in event]
+
+
+def losses(workdir: pathlib.Path) -> list[float]:
+    return [event["loss"] for event in events(workdir) if "loss" in event]
+
+
+def results(workdir: pathlib.Path) -> dict:
+    return json.loads((workdir / "results.json").read_text())
+
+
+def on_disk(workdir: pathlib.Path) -> list[int]:
+    """Steps of complete checkpoints."""
+    names = (path.name for path in (workdir / "checkpoints").iterdir())
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def saved(workdir: pathlib.Path, step: int = STEPS) -> dict:
+    """The whole state of a checkpoint as NumPy arrays by name."""
+    path = (workdir / "checkpoints" / str(step) / "state").absolute()
+    handler = ocp.PyTreeCheckpointHandler()
+    as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree
+    )
+    tree = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(at, simple=True, separator="/"): x for at, x in leaves}
+
+
+def assert_same_state(one: dict, other: dict) -> None:
+    """Bit for bit."""
+    assert set(one) == set(other) and len(one) > 100
+    for name in one:
+        assert one[name].dtype == other[name].dtype, name
+        assert one[name].tobytes() == other[name].tobytes(), name
