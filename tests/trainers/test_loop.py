@@ -229,7 +229,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_binds_nothing(tiny, whole
 
     told(
         r"checkpoint \S+/8 does not fit the model: arrays 36 of another shape or dtype: "
-        r"params/img/MAPHead_0/LayerNorm_0/bias is float32\[16\] there, float32\[8\] in the model, ",
+        r"params/img/MAPHead_0/LayerNorm_0/bias is float32\[16\] there, float32\[8\] in the",
         init=whole.workdir / "checkpoints" / "8",
         model__img__width=8,
     )
