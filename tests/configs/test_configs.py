@@ -1,0 +1,204 @@
+"""Every config loads and builds; the reference run is the paper's, and its parts run."""
+
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+import main as program
+from input_pipeline import SOURCES
+from siglip.two_towers import make_model
+from trainers import config as configs
+from trainers import setup
+
+FOLDER = pathlib.Path(program.__file__).parent / "configs"
+FILES = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
+# What a config cannot do without, where there is such a thing.
+ARGUMENTS = {
+    "pairs": "path=pairs.jsonl,val",
+    "emoji": "data_dir=folder",
+    "grocery": "data_dir=folder",
+    **dict.fromkeys(
+        ("siglip_b16", "clip_b16", "msiglip_b16"),
+        "dataset=my_pairs,data_dir=folder,tokenizer=pieces.model",
+    ),
+}
+
+
+def load(name: str, arguments: str = ""):
+    arguments = arguments or ARGUMENTS.get(name, "")
+    return configs.load(f"{FOLDER / name}.py" + (f":{arguments}" if arguments else ""))
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    found = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        found |= flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return found
+
+
+def differences(name: str) -> dict:
+    """Key -> its values in siglip_b16 and in the config of that name."""
+    one, other = (flat(load(n).to_dict()) for n in ("siglip_b16", name))
+    keys = sorted(one.keys() | other.keys())
+    return {k: (one.get(k), other.get(k)) for k in keys if one.get(k) != other.get(k)}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_config_loads_and_builds_its_model(name):
+    config = load(name)
+    blocks = setup.without(config.model)
+    blocks["txt"]["vocab_size"] = blocks["txt"]["vocab_size"] or 260
+    size = config.input.res
+    inputs = np.zeros((1, size, size, 3), np.uint8), np.zeros((1, config.input.token_len), np.int32)
+    model = make_model(**blocks)
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    assert set(params) >= {"img", "txt", "t"}
+    plan = setup.make_plan(config, 10_000)
+    assert plan.total > 0 and plan.save_every and set(plan.evals) == set(config.evals)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_config_takes_batch_size_and_res(name):
+    given = ",".join(filter(None, (ARGUMENTS.get(name), "batch_size=8,res=32")))
+    config = load(name, given)
+    assert (config.input.batch_size, config.input.res) == (8, 32)
+
+
+def test_the_reference_run_is_that_of_the_paper():
+    """arXiv 2303.15343, 4.2 and table 1; wd in the sense of trainers/optimizer.py."""
+    config = flat(load("siglip_b16").to_dict())
+    expected = {
+        "total": "9e9 examples",
+        "input.batch_size": 32_768,
+        "input.res": 224,
+        "input.token_len": 16,
+        "input.lower": True,
+        "input.eos": "sticky",
+        "input.tokenizer.name": "sentencepiece",
+        "model.img.variant": "B/16",
+        "model.img.pool": "map",
+        "model.img.drop_patches": 0.0,
+        "model.txt.variant": "B",
+        "model.txt.bottleneck": None,
+        "model.t_init": 10.0,
+        "model.b_init": -10.0,
+        "loss.name": "sigmoid",
+        "optimizer.name": "adafactor",
+        "optimizer.b1": 0.9,
+        "optimizer.beta2_cap": 0.95,
+        "lr": 1e-3,
+        "wd": 1e-4,
+        "clip_norm": 1.0,
+        "schedule.name": "cosine",
+        "schedule.warmup": "200e6 examples",
+        "evals.imagenet.type": "zeroshot",
+        "evals.imagenet.source.dataset": "imagenet2012",
+        "evals.imagenet.source.split": "validation",
+        "evals.coco.type": "retrieval",
+        "evals.coco.source.dataset": "coco_captions",
+        "evals.coco.source.split": "test",
+        "frozen": ((".*", False),),
+        "init": None,
+        "resume": None,
+    }
+    assert {key: config[key] for key in expected} == expected
+    assert setup.make_plan(load("siglip_b16"), 10**9).total == round(9e9 / 32_768)
+
+
+def test_the_baseline_differs_in_the_loss_alone():
+    assert differences("clip_b16") == {
+        "loss.name": ("sigmoid", "softmax"),
+        "loss.tile": (0, None),  # of the ring, which the softmax has none of
+        "loss.unroll": (1, None),
+        "model.b_init": (-10.0, None),
+    }
+
+
+def test_the_multilingual_run_differs_in_vocabulary_and_length():
+    assert differences("msiglip_b16") == {
+        "model.txt.bottleneck": (None, 96),
+        "total": ("9e9 examples", "30e9 examples"),
+    }
+
+
+# The reference run, shrunk, on data sets as TFDS prepares them.
+
+
+class Pairs(tfds.core.GeneratorBasedBuilder):
+    """A table of (png, texts, label) as one of the three data sets that the config names."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    # Of each data set: the split, and the features beside the image.
+    text = tfds.features.Text()
+    KINDS = {  # noqa: RUF012
+        "my_pairs": ("train", {"caption": text}),
+        "imagenet2012": ("validation", {"label": tfds.features.ClassLabel(num_classes=1000)}),
+        "coco_captions": (
+            "test",
+            {"captions": tfds.features.Sequence({"text": text, "id": np.int64})},
+        ),
+    }
+    rows: list
+
+    def _info(self):
+        features = {"image": tfds.features.Image(encoding_format="png"), **self.KINDS[self.name][1]}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {self.KINDS[self.name][0]: self._generate_examples()}
+
+    def _generate_examples(self):
+        for i, row in enumerate(self.rows):
+            texts = [{"text": text, "id": j} for j, text in enumerate(row["texts"])]
+            values = {"caption": row["texts"][0], "label": row["label"], "captions": texts}
+            kept = {key: values[key] for key in self.KINDS[self.name][1]}
+            yield i, {"image": io.BytesIO(row["image"]), **kept}
+
+
+@pytest.fixture
+def data_dir(shared_data, tmp_path):
+    folder, here = str(tmp_path / "tfds"), shared_data / "emoji_tiny"
+    for name, split in (("my_pairs", "train"), ("imagenet2012", "val"), ("coco_captions", "val")):
+        source = SOURCES["emoji"](data_dir=str(here), split=split, languages="all")
+        rows = [source[i] for i in range(min(len(source), 64))]
+        attributes = {"name": name, "rows": rows, "__module__": __name__}
+        if name == "coco_captions":  # as the real one has
+            attributes["BUILDER_CONFIGS"] = [tfds.core.BuilderConfig(name="2014")]
+        builder = type(name, (Pairs,), attributes)
+        builder(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+@pytest.mark.slow
+def test_the_reference_run_trains_and_evaluates_shrunk_without_tensorflow(data_dir, tmp_path):
+    flag = f"--config={FOLDER}/siglip_b16.py:dataset=my_pairs,data_dir={data_dir},runlocal"
+    code = (
+        "import sys, main\n"
+        "code = main.main(sys.argv[1:])\n"
+        "print('imported:', [m for m in ('tensorflow', 'torch') if m in sys.modules])\n"
+        "sys.exit(code)\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(FOLDER.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, flag, f"--workdir={tmp_path}/w"],
+        env=env, capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == program.DONE, done.stderr[-3000:]
+    assert done.stdout.endswith("imported: []\n")
+    events = [json.loads(line) for line in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
+    losses = [event["loss"] for event in events if "loss" in event]
+    assert len(losses) == 6 and all(np.isfinite(losses)) and losses[-1] < losses[0]
+    results = json.loads((tmp_path / "w/results.json").read_text())
+    assert results["imagenet"]["top1"]["chance"] == 1e-3
+    assert set(results["coco"]) == {f"{way}_R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)}
+    assert results["coco"]["t2i_R@1"]["chance"] == pytest.approx(1 / 23)  # the val pictures
