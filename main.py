@@ -90,8 +90,14 @@ def run(flags: argparse.Namespace, rest: list[str]) -> int:
         return told(MISTAKE, f"error: {mistake}")
     distributed.start(decision, heartbeat_timeout=flags.heartbeat_timeout)
 
+    import jax
+
     import trainers
+    from trainers.host_memory import keep_freed_memory
     from trainers.loop import Diverged, Interrupted
+
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
 
     try:
         (trainers.evaluate if flags.eval_only else trainers.train)(config, flags.workdir)
