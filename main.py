@@ -10,7 +10,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
-DONE, MISTAKE, INTERRUPTED, DIVERGED = 0, 2, 85, 87
+DONE, FAILED, MISTAKE, INTERRUPTED, DIVERGED = 0, 1, 2, 85, 87
 
 HELP = """\
 Trains a SigLIP model and evaluates it, as a config file says.
@@ -26,8 +26,8 @@ settings:
   --config.input.batch_size=512 --config.loss.name=softmax    replace any setting of the config
   --config configs/siglip_b16.py:runlocal,res=64              arguments of the config file
 
-exit codes: 0 done, 2 a mistake in command, config or data, 85 interrupted (run the same command
-again), 87 diverged.
+exit codes: 0 done, 1 failed, 2 a mistake in command, config or data, 85 interrupted (run the same
+command again), 87 diverged.
 """
 
 
@@ -94,7 +94,7 @@ def run(flags: argparse.Namespace, rest: list[str]) -> int:
 
     import trainers
     from trainers.host_memory import keep_freed_memory
-    from trainers.loop import Diverged, Interrupted
+    from trainers.loop import Diverged, Interrupted, SaveError
 
     if jax.default_backend() == "cpu":
         keep_freed_memory()
@@ -103,6 +103,8 @@ def run(flags: argparse.Namespace, rest: list[str]) -> int:
         (trainers.evaluate if flags.eval_only else trainers.train)(config, flags.workdir)
     except UserError as mistake:
         return distributed.leave(decision, told(MISTAKE, f"error: {mistake}"))
+    except SaveError as failure:  # a full disk, say: nothing was lost but the last save
+        return distributed.leave(decision, told(FAILED, f"error: {failure}"))
     except Interrupted as stop:
         return told(INTERRUPTED, f"{stop}; run the same command again to go on")
     except Diverged as end:

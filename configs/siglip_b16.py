@@ -105,5 +105,7 @@ def shrink(config: ConfigDict) -> None:
     config.checkpoint.every = "3 steps"
     for block in config.evals.values():
         block.batch_size = 64
+        block.every = ""  # at the end
+    config.evals.imagenet.templates = ("clip_best",)
     if not config.input.tokenizer.path:
         config.input.tokenizer = ConfigDict({"name": "bytes"})

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from siglip.transformer import Encoder, MAPHead, decode_variant
+from siglip.transformer import Encoder, MAPHead, check_sizes, decode_variant
 
 POOLS = ("last", "first", "gap", "max", "map")
 
@@ -102,6 +102,7 @@ def make_text(
         raise ValueError("the text tower needs vocab_size, the number of its tokenizer's ids")
     given = dict(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads)
     sizes |= {k: v for k, v in given.items() if v is not None}
+    check_sizes("text", sizes)
     return TextTransformer(
         vocab_size,
         **sizes,

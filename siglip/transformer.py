@@ -26,6 +26,7 @@ VARIANTS = {
     "e": (1792, 56, 15360, 16),
 }
 
+SIZES = ("width", "depth", "mlp_dim", "num_heads")
 REMAT = ("none", "full", "dots")
 
 
@@ -40,9 +41,19 @@ def decode_variant(variant: str) -> tuple[dict[str, Any], int | None]:
         raise ValueError(f"variant {variant!r}: {name!r} is none of {', '.join(VARIANTS)}")
     if slash and not (patch.isdigit() and int(patch)):
         raise ValueError(f"variant {variant!r}: the patch size must be a positive integer")
-    names = ("width", "depth", "mlp_dim", "num_heads")
-    sizes: dict[str, Any] = dict(zip(names, VARIANTS[name]))
-    return sizes, int(patch) if slash else None
+    return dict(zip(SIZES, VARIANTS[name])), int(patch) if slash else None
+
+
+def check_sizes(tower: str, sizes: dict[str, int]) -> None:
+    """Raises ValueError for sizes that are no tower's."""
+    for name in SIZES:
+        if sizes[name] < (0 if name == "depth" else 1):
+            raise ValueError(f"{name} of the {tower} tower must be positive, not {sizes[name]}")
+    if sizes["width"] % sizes["num_heads"]:
+        raise ValueError(
+            f"width {sizes['width']} of the {tower} tower does not divide into "
+            f"{sizes['num_heads']} heads"
+        )
 
 
 class MlpBlock(nn.Module):

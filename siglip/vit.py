@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from siglip.transformer import Encoder, MAPHead, decode_variant
+from siglip.transformer import Encoder, MAPHead, check_sizes, decode_variant
 
 POOLS = ("map", "gap", "tok")
 
@@ -111,6 +111,7 @@ def make_vit(
         raise ValueError(f"drop_patches must be in [0, 1), not {drop_patches}")
     given = dict(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads)
     sizes |= {k: v for k, v in given.items() if v is not None}
+    check_sizes("image", sizes)
     return ViT(
         patch_size,
         **sizes,

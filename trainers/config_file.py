@@ -97,6 +97,8 @@ def _arguments(get_config: Callable, args: str, file: pathlib.Path) -> dict[str,
         if not equals and kind is not bool:
             raise UserError(f"{show(file)}: argument {name} needs a value, {name}=...")
         text = text if equals else "true"
+        if kind is str and re.fullmatch(r"""(['"]).*\1""", text, re.DOTALL):
+            text = text[1:-1]  # the quotes kept its commas together
         given[name] = values.parse_key(text, kind, name, f"{show(file)}: argument {name}")
     if lacking := [n for n, p in parameters.items() if p.default is _EMPTY and n not in given]:
         asked = ",".join(f"{name}=..." for name in lacking)

@@ -18,6 +18,7 @@ from input_pipeline.device import to_device
 from input_pipeline.errors import UserError
 from trainers import checkpointing, contrastive, results, setup
 from trainers import config as configs
+from trainers.checkpointing import SaveError
 from trainers.clock import Clock
 from trainers.metrics import Writer
 from trainers.optimizer import frozen_mask, make_tx
@@ -25,7 +26,7 @@ from trainers.preemption import Interrupted, StopNow, StopRequest
 from trainers.progress import Progress, memory
 from trainers.results import Results
 
-__all__ = ["Diverged", "Interrupted", "evaluate", "train"]
+__all__ = ["Diverged", "Interrupted", "SaveError", "evaluate", "train"]
 
 PARAMETERS = "parameters.txt"
 AHEAD = 2  # updates in flight: the host prepares one while the device does another

@@ -298,6 +298,8 @@ def test_a_model_without_bias_has_no_such_parameter():
         (dict(img=dict(variant="Q/16")), "'Q' is none of mu, Ti, S"),
         (dict(img=dict(variant="B")), "needs a patch size: 'B/16'"),
         (dict(txt=dict(variant="B/16")), "must not have a patch size"),
+        (dict(img=dict(width=15)), "width 15 of the image tower does not divide into 4 heads"),
+        (dict(txt=dict(mlp_dim=0)), "mlp_dim of the text tower must be positive, not 0"),
         (dict(img=dict(pool="mean")), "pool 'mean' of the image tower is none of map, gap, tok"),
         (dict(txt=dict(pool="eos")), "pool 'eos' of the text tower"),
         (dict(txt=dict(out_dim=16)), "embedding widths differ: image 32, text 16"),

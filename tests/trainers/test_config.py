@@ -150,6 +150,7 @@ def test_arguments_are_typed_by_their_defaults(config_file):
     assert config.model.img.variant == "B/16" and config.total == "3 steps"
     assert config.input.source.languages == ("en", "de")
     assert configs.load(f"{config_file}:langs=(en,),runlocal=false,init=a/b").init == "a/b"
+    assert configs.load(f"{config_file}:init='a,b'").init == "a,b"  # quotes keep commas together
 
 
 @pytest.mark.parametrize(
