@@ -161,6 +161,8 @@ def check_flags(parser: Parser, flags: argparse.Namespace, rest: list[str]) -> N
     if not flags.config and not flags.eval_only:
         configs = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
         parser.error(f"pass --config, one of {', '.join(configs) or 'your files'}; see --help")
+    if "://" in (flags.workdir or ""):
+        parser.error(f"--workdir={flags.workdir}: only folders of a file system, mount the bucket")
     if not flags.workdir:
         stem = pathlib.Path((flags.config or "my_run").partition(":")[0]).stem
         parser.error(f"pass --workdir, the folder of the run, such as --workdir runs/{stem}")

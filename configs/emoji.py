@@ -35,7 +35,7 @@ def get_config(
             "token_len": 64,
             "source": {**source, "split": "train", "keywords": True},
             "random_crop": 0.6,
-            "flip": True,
+            # No flip: "backhand index pointing left".
             "num_threads": 2,
         }
     )

@@ -3,8 +3,8 @@
   python main.py --config configs/pairs.py:path=pairs.jsonl,images=photos.zip --workdir runs/mine
 
 `path`: a .jsonl, .csv or .tsv file with the columns image and caption, and optionally split
-(train, val). `images`: the folder or .zip that image names are relative to (default: the folder
-of `path`). With pairs of the split `val` retrieval is measured on them: pass val=True.
+(train, val; without it all are train). `images`: the folder or .zip that image names are relative
+to (default: the folder of `path`). With val=True retrieval is measured on the split `val`.
 The defaults suit some 1,000 to 100,000 pairs and one GPU; on a CPU pass variant=Ti,res=64.
 """
 
@@ -21,20 +21,20 @@ def get_config(
     batch_size: int = 256,
     total: str = "30 epochs",
 ) -> ConfigDict:
-    if not path:
-        raise ValueError("pass your pairs: --config configs/pairs.py:path=pairs.jsonl")
     config = ConfigDict()
     config.total = total
     config.model = ConfigDict(
         {"img": {"variant": f"{variant}/{patch_size}"}, "txt": {"variant": variant}}
     )
-    source = {"name": "files", "path": path, "images": images}
+    source = {"name": "files", "images": images}
+    if path:  # otherwise --config.input.source.path=... gives it
+        source["path"] = path
     config.input = ConfigDict(
         {
             "batch_size": batch_size,
             "res": res,
             "token_len": 64,
-            "source": {**source, "split": "train" if val else ""},
+            "source": {**source, "split": "train"},
             "tokenizer": {"name": "bytes"},
         }
     )

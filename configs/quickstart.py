@@ -51,12 +51,12 @@ def get_config(batch_size: int = 64, res: int = 32, total: str = "400 steps") ->
         {
             "zeroshot": {
                 "type": "zeroshot",
-                "batch_size": 100,
+                "batch_size": 128,
                 "templates": TEMPLATES,
                 "source": held_out,
             },
-            "retrieval": {"type": "retrieval", "batch_size": 100, "source": held_out},
-            "val": {"type": "loss", "batch_size": 100, "source": held_out},
+            "retrieval": {"type": "retrieval", "batch_size": 128, "source": held_out},
+            "val": {"type": "loss", "batch_size": 128, "source": held_out},
         }
     )
     return config

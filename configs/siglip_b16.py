@@ -21,6 +21,10 @@ def get_config(
     res: int = 224,
     runlocal: bool = False,
 ) -> ConfigDict:
+    if not (dataset and data_dir and (tokenizer or runlocal)):
+        raise ValueError(
+            "pass your data: --config configs/...:dataset=NAME,data_dir=FOLDER,tokenizer=FILE"
+        )
     config = ConfigDict()
     config.total = "9e9 examples"
     config.model = ConfigDict(

@@ -71,8 +71,11 @@ class Embedder:
         batches = host_batches(examples, fn, size)
         parts = [_real_rows(batch) for batch in fetch(self._embed, params, batches, self._mesh)]
         rows = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        if len(rows["z"]) != len(examples):
-            raise AssertionError(f"{len(rows['z'])} embeddings of {len(examples)} examples")
+        # A mesh may order devices otherwise than by process, and with them the rows.
+        index = rows.pop("index")
+        rows = {key: value[np.argsort(index)] for key, value in rows.items()}
+        if not np.array_equal(np.sort(index), np.arange(len(examples))):
+            raise AssertionError(f"{len(index)} embeddings of {len(examples)} examples")
         if not np.isfinite(rows["z"]).all():
             # NaN compares false with everything, which would look like a perfect rank.
             raise UserError(

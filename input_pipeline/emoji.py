@@ -50,7 +50,8 @@ class Emoji:
         if not data_dir or not all(path.exists() for path in expected):
             raise UserError(
                 f"emoji: data_dir {data_dir!r} is not the emoji set, "
-                f"pass a folder that has {EXPECTED}, by --config.input.source.data_dir=FOLDER"
+                f"pass a folder that has {EXPECTED}, "
+                "as in --config configs/emoji.py:data_dir=FOLDER"
             )
         self._images = Zip(folder / "images.zip")
         fields = ("id", "file", "group", "split") + (() if separate else ("captions",))
@@ -98,7 +99,7 @@ class Emoji:
     def __getitem__(self, i: int) -> dict:
         row = self._rows[i]
         return {
-            "image": self._images.read(row["file"]),
+            "image": self._images.read_or_nothing(row["file"]),
             "texts": list(self._texts[i]),
             "label": self.class_names.index(row["group"]),
             "id": f"images.zip/{row['file']}",

@@ -86,7 +86,7 @@ class Files:
         name = self._names[i]
         try:
             image = self._read_image(name)
-        except (FileNotFoundError, zipfile.BadZipFile):
+        except (OSError, KeyError, zipfile.BadZipFile):
             image = b""  # a bad image, which training counts and evaluation refuses
         example = {"image": image, "texts": list(self._texts[i]), "id": name}
         if self._labels[i] is not None:

@@ -45,7 +45,7 @@ class Grocery:
             raise UserError(
                 f"grocery: data_dir {data_dir!r} is not the grocery set, "
                 f"pass a folder that has {', '.join(FILES)}, "
-                "by --config.input.source.data_dir=FOLDER"
+                "as in --config configs/grocery.py:data_dir=FOLDER"
             )
         self._images = Zip(folder / "images.zip")
         classes = _read_classes(folder / "classes.jsonl")
@@ -79,7 +79,7 @@ class Grocery:
     def __getitem__(self, i: int) -> dict:
         file, label, texts = self._examples[i]
         return {
-            "image": self._images.read(file),
+            "image": self._images.read_or_nothing(file),
             "texts": list(texts),
             "label": label,
             "id": f"images.zip/{file}",

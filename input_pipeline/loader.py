@@ -45,7 +45,7 @@ def train_batches(
     Args:
       source: __len__ and __getitem__(i) -> example; safe to call from threads.
       preprocess: see transforms.Preprocess.
-      num_threads: batches that are made at a time.
+      num_threads: chunks of a batch that are made at a time.
       prefetch: batches that wait for the step.
 
     Yields:
@@ -118,7 +118,9 @@ def eval_batches(
     """This process's rows of the batches of `examples`, in order, each example once.
 
     All processes yield equally many batches: the last ones are filled up with zeros. `mask` is
-    True for real rows. fn(example) -> dict of arrays; what it raises is raised here.
+    True for real rows, `index` int32 [n] the place of each in `examples`: on devices rows lie in
+    the order of the mesh, which need not be that of the processes. fn(example) -> dict of arrays;
+    what it raises is raised here.
 
     Raises:
       ValueError: processes do not divide the batch, or there are no examples.
@@ -133,9 +135,11 @@ def eval_batches(
     shapes = functools.cache(lambda: fn(examples[0]))
 
     def row(position: int) -> dict[str, Any]:
+        index = np.int32(position)
         if position < len(examples):
-            return {**fn(examples[position]), "mask": np.True_}
-        return {**{k: np.zeros_like(v) for k, v in shapes().items()}, "mask": np.False_}
+            return {**fn(examples[position]), "index": index, "mask": np.True_}
+        padding = {k: np.zeros_like(v) for k, v in shapes().items()}
+        return {**padding, "index": index, "mask": np.False_}
 
     return Batches(positions, row, 0, num_threads, prefetch)
 

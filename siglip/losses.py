@@ -14,7 +14,7 @@ def sigmoid_loss(
     zimg: Float[Array, "n d"],
     ztxt: Float[Array, "n d"],
     t: Float[Array, ""],
-    b: Float[Array, ""],
+    b: Float[Array, ""] | None,
     mask: Bool[Array, " n"] | None = None,
 ) -> Float[Array, ""]:
     """Pairwise sigmoid loss, the sum over all n x n pairs divided by n (arXiv 2303.15343, Alg. 1).
@@ -22,10 +22,10 @@ def sigmoid_loss(
     Args:
       zimg, ztxt: unit-norm embeddings; row i of both is a pair.
       t: temperature, t = exp(t_prime), > 0. It is never clamped.
-      b: bias.
+      b: bias; None is 0.
       mask: False rows take part in no pair, and n counts the True rows.
     """
-    logits = t * jnp.matmul(zimg, ztxt.T, precision="highest") + b
+    logits = t * jnp.matmul(zimg, ztxt.T, precision="highest") + (0.0 if b is None else b)
     z = 2 * jnp.eye(len(zimg)) - 1
     nll = jax.nn.softplus(-z * logits)
     if mask is None:

@@ -33,7 +33,7 @@ def sigmoid_loss(
     zimg: Float[Array, "N d"],
     ztxt: Float[Array, "N d"],
     t: Float[Array, ""],
-    b: Float[Array, ""],
+    b: Float[Array, ""] | None,
     mask: Bool[Array, " N"] | None = None,
     *,
     mesh: Mesh,
@@ -65,7 +65,7 @@ def sigmoid_loss(
         raise ValueError(f"{len(zimg)} pairs do not divide over {devices} devices of axes {axes}")
     n = len(zimg) // devices
     ring = _Ring(mesh, axes, devices, min(n, tile or _default_tile(n)), unroll)
-    return _loss(ring, zimg, ztxt, jnp.asarray(t), jnp.asarray(b), mask)
+    return _loss(ring, zimg, ztxt, jnp.asarray(t), jnp.asarray(0.0 if b is None else b), mask)
 
 
 def _default_tile(n: int) -> int:

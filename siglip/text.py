@@ -35,14 +35,16 @@ class TextTransformer(nn.Module):
         normal = nn.initializers.normal
         # A table V x K and a projection K x W instead of V x W, for large vocabularies (mSigLIP).
         embed_dim = self.bottleneck or self.width
+        # float32: the gradient of the table adds up as many rows as a token occurs in the batch,
+        # and padding is in every text; in bfloat16 such a sum stops growing.
         x = nn.Embed(
-            self.vocab_size, embed_dim, dtype=self.dtype, embedding_init=normal(embed_dim**-0.5)
+            self.vocab_size, embed_dim, dtype=jnp.float32, embedding_init=normal(embed_dim**-0.5)
         )(text)
         if self.bottleneck:
             x = nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="embed_projection")(x)
         init = normal(self.width**-0.5)
         pos = self.param("pos_embedding", init, (1, x.shape[1], self.width))
-        x = x + pos.astype(x.dtype)
+        x = x + pos  # float32, and so is every sum of residuals
 
         x = Encoder(
             self.depth, self.mlp_dim, self.num_heads, self.dtype, self.scan, self.remat,

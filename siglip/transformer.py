@@ -74,7 +74,7 @@ class MlpBlock(nn.Module):
 
 
 def _dot_product_attention(query, key, value, **unused):
-    # One fused call: XLA elsewhere. No mask, no dropout: padding is attended to in SigLIP.
+    # No mask, no dropout: padding is attended to in SigLIP.
     del unused
     return jax.nn.dot_product_attention(query, key, value)
 
@@ -159,8 +159,8 @@ class MAPHead(nn.Module):
     def __call__(self, x: Float[Array, "n l d"]) -> Float[Array, "n d"]:
         n, _, width = x.shape
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))
-        probe = jnp.tile(probe.astype(x.dtype), (n, 1, 1))
-        x = attention(self.num_heads, self.dtype)(probe, x)
+        x = attention(self.num_heads, self.dtype)(jnp.tile(probe, (n, 1, 1)), x)
+        x = x.astype(jnp.float32)
         y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)(x)
         return (x + MlpBlock(self.mlp_dim, self.dtype)(y))[:, 0]
 

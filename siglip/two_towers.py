@@ -82,7 +82,8 @@ def make_model(
         txt['out_dim'], is by default that of the image embedding.
       t_init: initial temperature (the parameter starts at its log).
       b_init: initial bias; None for a model without one (CLIP's softmax).
-      dtype: of matmuls in towers and head. Parameters, embeddings and logits are float32.
+      dtype: of matmuls in towers and head. Parameters, residuals, embeddings and logits are
+        float32.
       scan, remat: see transformer.Encoder.
 
     Raises:

@@ -39,13 +39,13 @@ class ViT(nn.Module):
         x = x.reshape(len(x), -1, self.width)
         init = nn.initializers.normal(self.width**-0.5)
         pos = self.param("pos_embedding", init, (1, x.shape[1], self.width))
-        x = x + pos.astype(x.dtype)
+        x = x + pos  # float32, and so is every sum of residuals
 
         if train and self.drop_patches:
             x = self._keep_some(x)
         if self.pool == "tok":  # without a position of its own: it is not a place in the image
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
-            x = jnp.concatenate([jnp.tile(cls.astype(x.dtype), (len(x), 1, 1)), x], axis=1)
+            x = jnp.concatenate([jnp.tile(cls, (len(x), 1, 1)), x], axis=1)
 
         x = Encoder(
             self.depth,
@@ -89,7 +89,7 @@ def make_vit(
     """An image tower by name.
 
     Args:
-      dtype: of matmuls and activations, 'float32' or 'bfloat16'; parameters are float32.
+      dtype: of matmuls, 'float32' or 'bfloat16'; parameters and residuals are float32.
       scan, remat: see transformer.Encoder.
       variant: 'S/16', 'B/16', 'So400m/14', ...: a name of transformer.VARIANTS and a patch size.
       width, depth, mlp_dim, num_heads: replace single sizes of the variant.

@@ -26,7 +26,6 @@ class TrainState:
 class Tally:
     """What must not be missed between two log lines, kept on the device. Not checkpointed."""
 
-    examples: Int[Array, ""]
     bad_examples: Int[Array, ""]  # masked out: did not decode
     first_nonfinite: Int[Array, ""]  # the step whose loss or gradient was not finite, or NONE
 
@@ -64,8 +63,8 @@ def make_state(
 
 
 def new_tally(mesh: jax.sharding.Mesh) -> Tally:
-    # Three arrays, not one three times: they are donated.
-    return Tally(*(jax.device_put(jnp.int32(x), replicated(mesh)) for x in (0, 0, NONE)))
+    # Two arrays, not one twice: they are donated.
+    return Tally(*(jax.device_put(jnp.int32(x), replicated(mesh)) for x in (0, NONE)))
 
 
 def make_update(
@@ -92,8 +91,13 @@ def make_update(
         after which (step + 1) % log_every == 0, and are NaN otherwise.
     """
 
+    everywhere = replicated(mesh)
+
     def loss_and_embeddings(params, batch: Batch, step):
         params = jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, frozen)
+        # Parameters are gathered, activations stay where their examples are: left alone, XLA would
+        # split the layers over `fsdp` and gather the activations of the whole batch.
+        params = jax.lax.with_sharding_constraint(params, everywhere)
         zimg, ztxt, out = model.apply(
             {"params": params},
             batch["image"],
@@ -104,8 +108,6 @@ def make_update(
         zimg, ztxt = jax.lax.with_sharding_constraint((zimg, ztxt), batch_sharding(mesh))
         loss = loss_fn(zimg, ztxt, out["t"], out["b"], batch["mask"])
         return loss, (zimg, ztxt, out["t"], out["b"])
-
-    everywhere = replicated(mesh)
 
     @functools.partial(
         jax.jit, donate_argnums=(0, 1), out_shardings=(state_sharding, everywhere, everywhere)
@@ -128,7 +130,6 @@ def make_update(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         valid = batch["mask"].sum(dtype=jnp.int32)
         tally = Tally(
-            tally.examples + batch["mask"].size,
             tally.bad_examples + batch["mask"].size - valid,
             jnp.where(finite, tally.first_nonfinite, jnp.minimum(tally.first_nonfinite, new.step)),
         )

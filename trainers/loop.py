@@ -250,7 +250,8 @@ def _updates(run: Run, update, state, batches: Iterator[dict], missed: list[str]
             stopping = stop.reached(step)
             logging = step % config.log_every == 0 or step == plan.total
             saving = run.checkpoints.due(step) or stopping
-            if logging or saving:
+            due = _due(plan, step)
+            if logging or saving or due:
                 _check(run, step, tally)
                 run.clock.tick(step)
             if logging:
@@ -259,7 +260,7 @@ def _updates(run: Run, update, state, batches: Iterator[dict], missed: list[str]
                 run.interrupt(step, state)
             if saving and step < plan.total:  # the last one is saved by train
                 run.save(step, state)
-            _evaluations_between(run, stop, step, state, _due(plan, step))
+            _evaluations_between(run, stop, step, state, due)
     return state
 
 
@@ -288,7 +289,8 @@ def _log(run: Run, step: int, metrics: dict[str, jax.Array], tally) -> None:
 def _check(run: Run, step: int, tally: contrastive.Tally) -> None:
     """Stops a run that has diverged, or whose data are bad. The same on every process."""
     tally = jax.device_get(tally)
-    bad, examples = int(tally.bad_examples), int(tally.examples)
+    bad = int(tally.bad_examples)
+    examples = (step - run.first) * run.things.config.input.batch_size
     allowed = run.things.config.input.max_bad_fraction
     # Of few examples one is a large share already, so a single one stops no run that allows any.
     if bad > max(allowed * examples, 1 if allowed else 0):

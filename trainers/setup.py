@@ -82,8 +82,16 @@ def make_evaluators(setup: Setup) -> dict[str, Any]:
     return evaluators
 
 
+LEAST = {"seed": 0, "log_every": 1, "input.num_threads": 0, "input.prefetch": 1}
+
+
 def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError for a batch that devices (and so processes) do not divide."""
+    """Raises UserError for a number out of range, or a batch that the devices do not divide."""
+    for key, least in LEAST.items():
+        block, _, name = key.rpartition(".")
+        value = (config[block] if block else config)[name]
+        if value < least:
+            raise UserError(f"config.{key}={value} must be at least {least}")
     batch_size = config.input.batch_size
     if batch_size < 1 or batch_size % mesh.size:
         near = max(1, round(batch_size / mesh.size)) * mesh.size
@@ -121,8 +129,6 @@ def make_plan(config: Any, examples_per_epoch: int) -> Plan:
     total = steps(config.total, "total")
     if not total:
         raise UserError(f"config.total={config.total!r} is no step at all")
-    if config.log_every < 1:
-        raise UserError(f"config.log_every={config.log_every} must be at least 1")
     return Plan(
         examples_per_epoch,
         total,

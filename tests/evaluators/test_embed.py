@@ -24,6 +24,20 @@ def test_every_example_once_in_order_for_any_mesh_and_batch(fakes, mesh_shape, b
     np.testing.assert_allclose(z, expected_images(source), atol=1e-6)
 
 
+def test_rows_that_the_mesh_reorders_come_back_in_order(fakes, monkeypatch):
+    # On TPU pods a mesh orders devices by their links, so processes' rows interleave.
+    to_device = device.to_device
+
+    def interleaved(batch, mesh):
+        order = np.arange(len(batch["mask"])).reshape(2, -1).T.ravel()
+        return to_device({k: v[order] for k, v in batch.items()}, mesh)
+
+    monkeypatch.setattr(device, "to_device", interleaved)
+    source = fakes.random_source(13)
+    z = Embedder(fakes.Model(), fakes.mesh(4), fakes.Preprocess(), 8).images(fakes.params(), source)
+    np.testing.assert_allclose(z, expected_images(source), atol=1e-6)
+
+
 def test_other_arrays_pass_through_with_their_rows(fakes):
     source = fakes.random_source(11)
     embedder = Embedder(fakes.Model(), fakes.mesh(4), fakes.Preprocess(), 8)

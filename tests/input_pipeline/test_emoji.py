@@ -75,7 +75,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(small):
 
     for folder in ("", small / "none", small / "captions"):
         refused("pass a folder that has images.zip with images.jsonl", folder)
-        refused("--config.input.source.data_dir=", folder)
+        refused("configs/emoji.py:data_dir=", folder)
     refused("language 'eng'; the nearest: en; or 'all'", languages=("mi", "eng"))
     refused("language 'xx'; there are: en, mi; or 'all'", languages=("en", "xx"))
     refused("at least one", languages=())

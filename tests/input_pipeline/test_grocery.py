@@ -51,7 +51,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(small):
 
     for folder in ("", small / "none"):
         refused("pass a folder that has images.zip, images.tsv, classes.jsonl", folder)
-        refused("--config.input.source.data_dir=", folder)
+        refused("configs/grocery.py:data_dir=", folder)
     refused("neither 'fine' nor 'coarse'", labels="all")
     refused("split 'tests' does not exist", split="tests")
     with (small / "images.tsv").open("a") as table:

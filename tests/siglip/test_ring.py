@@ -60,6 +60,13 @@ def test_ring_loss_equals_definition_with_all_gradients(shape, t, b, masked):
     assert relative_error(jax.jit(fast)(*args), want) < 1e-6  # the value-only program
 
 
+def test_no_bias_is_a_bias_of_zero():
+    zimg, ztxt, t, _ = inputs(8, 16, 10.0, 0.0)
+    want = losses.sigmoid_loss(zimg, ztxt, t, jnp.float32(0))
+    for loss in (losses.sigmoid_loss, ring.make_sigmoid_loss(mesh_of(2))):
+        assert relative_error(loss(zimg, ztxt, t, None), want) < 1e-6
+
+
 def test_without_jit_too():
     args = inputs(8, 16, 10.0, -10.0)
     got = ring.sigmoid_loss(*args, mesh=mesh_of(2))

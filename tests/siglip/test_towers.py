@@ -147,6 +147,29 @@ def test_bfloat16_is_used_by_both_towers_and_the_head_and_stays_near_float32():
         assert jnp.all(cosines > 0.999) and jnp.any(e != s)
 
 
+def test_bfloat16_neither_rounds_the_residuals_nor_sums_the_table_gradient():
+    model = tiny_model(dtype="bfloat16")
+    params = init(model)
+
+    def loss(params):
+        return model.apply({"params": params}, *batch())[1].sum()
+
+    sums = [
+        eqn.invars[0].aval.dtype
+        for eqn in equations(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+        if eqn.primitive.name == "scatter-add" and eqn.invars[0].aval.shape == (50, 32)
+    ]
+    assert sums == [jnp.float32]
+    adds = [
+        eqn.outvars[0].aval.dtype
+        for eqn in equations(jax.make_jaxpr(loss)(params).jaxpr)
+        if eqn.primitive.name == "add"
+        and eqn.outvars[0].aval.shape == (4, 8, 32)
+        and all(v.aval.shape == (4, 8, 32) for v in eqn.invars if hasattr(v, "aval"))
+    ]
+    assert jnp.float32 in adds
+
+
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("remat", transformer.REMAT)
 def test_scan_and_remat_leave_embeddings_and_gradients_as_they_are(scan, remat):
