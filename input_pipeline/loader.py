@@ -131,15 +131,22 @@ def eval_batches(
         raise ValueError("there are no examples")
     batches = -(-len(examples) // batch_size)
     positions = _Positions(batch_size, process_index, process_count, batches)
-    # Rows that fill up need the shapes of real ones, which a process may have none of.
-    shapes = functools.cache(lambda: fn(examples[0]))
+    # Rows that fill up have the shapes of a real one, be it of another process.
+    zeros: dict[str, np.ndarray] = {}
+
+    def like(made: dict[str, np.ndarray]) -> None:
+        zeros.update({k: np.zeros_like(v) for k, v in made.items()})
 
     def row(position: int) -> dict[str, Any]:
         index = np.int32(position)
         if position < len(examples):
-            return {**fn(examples[position]), "index": index, "mask": np.True_}
-        padding = {k: np.zeros_like(v) for k, v in shapes().items()}
-        return {**padding, "index": index, "mask": np.False_}
+            made = fn(examples[position])
+            if not zeros:
+                like(made)
+            return {**made, "index": index, "mask": np.True_}
+        if not zeros:
+            like(fn(examples[0]))
+        return {**zeros, "index": index, "mask": np.False_}
 
     return Batches(positions, row, 0, num_threads, prefetch)
 
