@@ -79,6 +79,13 @@ def main(argv: list[str]) -> int:
         return told(INTERRUPTED, "interrupted; run the same command again to go on")
 
 
+def interrupt(signum, frame) -> NoReturn:
+    """Ends what has nothing to save. Python drops an exception that is raised in a callback, of the
+    garbage collector say: then the loop's own handler finds `asked` and stops at its first step."""
+    interrupt.asked = True
+    raise KeyboardInterrupt
+
+
 def run(flags: argparse.Namespace, rest: list[str]) -> int:
     # Imports take seconds, so they stand where they are first needed.
     from trainers import distributed
@@ -176,5 +183,6 @@ def told(code: int, line: str) -> int:
 if __name__ == "__main__":
     # Where nobody saves on SIGTERM (imports, set-up, evaluation), it ends the run as Ctrl-C does.
     # JAX's own notifier of several processes is installed later, and so replaces this.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, interrupt)
     sys.exit(main(sys.argv[1:]))

@@ -30,6 +30,9 @@ class StopRequest:
         self._together = jax.process_count() > 1
         caught = [signal.SIGINT] if self._together else [signal.SIGINT, signal.SIGTERM]
         self._previous = {s: signal.signal(s, self._handle) for s in caught}
+        # A request that came before, and got lost on its way: see main.interrupt.
+        if any(getattr(handler, "asked", False) for handler in self._previous.values()):
+            os.kill(os.getpid(), signal.SIGINT)
         return self
 
     def __exit__(self, *unused) -> None:
