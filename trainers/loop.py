@@ -54,7 +54,8 @@ class Run:
     def save(self, step: int, state: contrastive.TrainState) -> None:
         """The state and the position in the data: batches are a function of (seed, step)."""
         self.writer.flush()  # a power cut must not leave a checkpoint that is ahead of the log
-        self.checkpoints.save(step, state, _position(self.things.config, step))
+        position = _position(self.things.config, step, self.plan.epoch)
+        self.checkpoints.save(step, state, position)
 
     def interrupt(self, step: int, state: contrastive.TrainState) -> NoReturn:
         self.save(step, state)
@@ -98,7 +99,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
             keep_every=plan.keep_every,
         )
         closing.callback(checkpoints.close)
-        state, first, start = _start(config, plan.total, workdir, checkpoints, abstract, init)
+        state, first, start = _start(config, plan, workdir, checkpoints, abstract, init)
         if is_main:  # only now: a start that failed must not bind the workdir to its config
             configs.save(config, workdir)
         writer = Writer(workdir, is_main=is_main)
@@ -173,39 +174,41 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
     return final
 
 
-def _start(config, total, workdir, checkpoints, abstract, init):
+def _start(config, plan, workdir, checkpoints, abstract, init):
     """(state, step, Start) of the checkpoint that find_start says wins."""
     start = checkpointing.find_start(str(workdir), config.resume, config.init)
-    state, step = None, 0
+    state, step, saved = None, 0, {}
     match start.kind:
         case "workdir":
-            state, _, step = checkpoints.restore(abstract)
+            state, saved, step = checkpoints.restore(abstract)
             start = dataclasses.replace(start, step=step)  # not the newest if that is damaged
         case "resume":
             state, saved, step = checkpointing.restore_state(str(start.path), abstract)
-            here = _position(config, step)
-            if differing := [k for k in here if saved.get(k, here[k]) != here[k]]:
-                raise UserError(
-                    f"config.resume goes on in the data where {start.path} stopped, but "
-                    + ", ".join(f"{k} is {saved[k]} there, {here[k]} here" for k in differing)
-                    + " (seed and input.batch_size must be those of that run; config.init takes "
-                    "its weights alone)"
-                )
         case "init":
             params = checkpointing.restore_params(str(start.path), abstract.params)
             state = init().replace(params=params)
         case _:
             state = init()
-    if step > total:
+    here = _position(config, step, plan.epoch)
+    if differing := [k for k in here if saved.get(k, here[k]) != here[k]]:
         raise UserError(
-            f"the checkpoint to go on from is at step {step}, beyond the {total} steps of "
+            f"the run goes on in the data where {start.path} stopped, but "
+            + ", ".join(f"{k} is {saved[k]} there, {here[k]} here" for k in differing)
+            + " (seed, input.batch_size and the data must be those of that run; config.init takes "
+            "its weights alone)"
+        )
+    if step > plan.total:
+        raise UserError(
+            f"the checkpoint to go on from is at step {step}, beyond the {plan.total} steps of "
             f"config.total={config.total!r} with this data"
         )
     return state, step, start
 
 
-def _position(config, step: int) -> dict[str, int]:
-    return {"step": step, "seed": config.seed, "examples": step * config.input.batch_size}
+def _position(config, step: int, epoch: int) -> dict[str, int]:
+    """Where a run stands in its data: the order is a function of seed and length of the data."""
+    examples = step * config.input.batch_size
+    return {"step": step, "seed": config.seed, "examples": examples, "examples_per_epoch": epoch}
 
 
 def _due(plan: setup.Plan, step: int) -> list[str]:

@@ -432,7 +432,7 @@ def test_files_of_a_run(tiny, whole):
         assert tag in board.read_bytes()
     assert tiny_run.on_disk(whole.workdir) == [4, 8, 12]
     data = json.loads((whole.workdir / "checkpoints/8/data/metadata").read_text())
-    assert data == {"step": 8, "seed": 0, "examples": 128}
+    assert data == {"step": 8, "seed": 0, "examples": 128, "examples_per_epoch": 72}
 
 
 def test_split_parameters_train_to_the_same_loss(tiny, whole, tmp_path, monkeypatch):
@@ -442,3 +442,11 @@ def test_split_parameters_train_to_the_same_loss(tiny, whole, tmp_path, monkeypa
     np.testing.assert_allclose(
         tiny_run.losses(tmp_path / "w"), tiny_run.losses(whole.workdir), rtol=1e-3
     )
+
+
+def test_data_of_another_length_are_refused(tiny, whole, tmp_path, capsys):
+    shutil.copytree(whole.workdir, tmp_path / "w")
+    for position in (tmp_path / "w" / "checkpoints").glob("*/data/metadata"):
+        position.write_text(position.read_text().replace('_per_epoch": 72', '_per_epoch": 71'))
+    assert tiny.main(tmp_path / "w") == program.MISTAKE
+    assert "examples_per_epoch is 71 there, 72 here" in capsys.readouterr().err
