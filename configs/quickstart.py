@@ -22,7 +22,7 @@ TEMPLATES = tuple(
 )
 
 
-def get_config(batch_size: int = 64, res: int = 32, total: str = "400 steps") -> ConfigDict:
+def get_config(batch_size: int = 64, res: int = 32, total: str = "500 steps") -> ConfigDict:
     config = ConfigDict()
     config.total = total
     config.mesh = ConfigDict({"cpu_devices": 4})
