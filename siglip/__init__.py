@@ -1,9 +1,10 @@
 """The science of SigLIP: towers, losses and their sharding, in pure JAX and Flax."""
 
-from siglip import losses, ring
+from siglip import ring
 
-# Config name -> factory (mesh, *, options) -> loss_fn(zimg, ztxt, t, b, mask) on global arrays.
+# Config name -> factory (mesh, *, options) -> loss_fn(zimg, ztxt, t, b, mask) on global arrays. One
+# whose signature has `ids` or `seed` gets them too, see trainers/contrastive.py.
 LOSSES = {
     "sigmoid": ring.make_sigmoid_loss,
-    "softmax": losses.make_softmax_loss,
+    "softmax": ring.make_softmax_loss,
 }

@@ -1,11 +1,10 @@
 """The losses as definitions: what every faster version must equal, value and gradients."""
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 Loss = Callable[..., Array]  # (zimg, ztxt, t, b, mask) -> scalar, on global arrays
 
@@ -16,6 +15,7 @@ def sigmoid_loss(
     t: Float[Array, ""],
     b: Float[Array, ""] | None,
     mask: Bool[Array, " n"] | None = None,
+    z: Int[Array, "n n"] | None = None,
 ) -> Float[Array, ""]:
     """Pairwise sigmoid loss, the sum over all n x n pairs divided by n (arXiv 2303.15343, Alg. 1).
 
@@ -24,10 +24,12 @@ def sigmoid_loss(
       t: temperature, t = exp(t_prime), > 0. It is never clamped.
       b: bias; None is 0.
       mask: False rows take part in no pair, and n counts the True rows.
+      z: +1 for positive pairs, -1 for negative ones, 0 for those that take no part; by default
+        pairs (i, i) are positive and all others negative (pairs.labels makes other choices).
     """
     logits = t * jnp.matmul(zimg, ztxt.T, precision="highest") + (0.0 if b is None else b)
-    z = 2 * jnp.eye(len(zimg)) - 1
-    nll = jax.nn.softplus(-z * logits)
+    z = 2 * jnp.eye(len(zimg)) - 1 if z is None else z
+    nll = jnp.where(z == 0, 0, jax.nn.softplus(-z * logits))
     if mask is None:
         return jnp.sum(nll) / len(zimg)
     return jnp.sum(nll, where=mask[:, None] & mask[None, :]) / jnp.maximum(mask.sum(), 1)
@@ -39,17 +41,21 @@ def softmax_loss(
     t: Float[Array, ""],
     b: Float[Array, ""] | None = None,
     mask: Bool[Array, " n"] | None = None,
+    z: Int[Array, "n n"] | None = None,
 ) -> Float[Array, ""]:
     """CLIP's loss, the mean of image-to-text and text-to-image cross-entropy over the batch.
 
     A bias cancels in both softmaxes, so `b` is accepted and has no effect. Rows that `mask` calls
-    False are neither queries nor candidates. The temperature is never clamped.
+    False are neither queries nor candidates; pairs where `z` is 0 are no candidates of each other.
+    The temperature is never clamped.
     """
     del b
     logits = t * jnp.matmul(zimg, ztxt.T, precision="highest")
     if mask is None:
         mask = jnp.ones(len(zimg), bool)
-    logits = jnp.where(mask[:, None] & mask[None, :], logits, -jnp.inf)
+    candidates = mask[:, None] & mask[None, :]
+    candidates = candidates if z is None else candidates & (z != 0)
+    logits = jnp.where(candidates, logits, -jnp.inf)
     positive = jnp.where(mask, jnp.diagonal(logits), 0.0)
 
     def cross_entropy(axis: int) -> Array:
@@ -58,13 +64,3 @@ def softmax_loss(
         return jnp.sum(jax.nn.logsumexp(rows, axis=axis) - positive, where=mask)
 
     return (cross_entropy(1) + cross_entropy(0)) / (2 * jnp.maximum(mask.sum(), 1))
-
-
-def make_softmax_loss(mesh: jax.sharding.Mesh) -> Loss:
-    """The baseline for the trainer. XLA shards the rows of the N x N logits over the mesh."""
-    del mesh
-    return softmax_loss
-
-
-# Loss of a model that knows only that one of n texts is the image's: evaluators print it.
-setattr(softmax_loss, "chance", math.log)  # noqa: B010

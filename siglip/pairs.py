@@ -1,0 +1,153 @@
+"""Which pairs of a batch are positive, which negative, and which take no part in the loss.
+
+Plainly, pair (i, j) is positive where i == j and negative elsewhere (arXiv 2303.15343, Alg. 1).
+Two options change that, for the definition (`labels`) and the ring (`Pairs`) alike:
+
+* Duplicates: pairs whose rows share an id (the same caption, the same image) are false negatives.
+  'ignore' leaves them out, 'positive' makes them positives.
+* Negative selection (section 4.8): each image keeps `ratio` of its negatives in the global batch:
+  'hard' those with the highest loss, 'easy' those with the lowest, 'random' any. As t > 0, the
+  loss of a negative grows with its cosine, so ranks are those of cosines. Ties with the last one
+  kept are kept as well. The loss is still divided by the number of pairs that are given.
+  Ranking is per image over the global batch, wherever the negatives are (negatives.py).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+NEGATIVES = ("all", "random", "hard", "easy")
+DUPLICATES = ("negative", "ignore", "positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """The options, see above. `ratio` is the number of negatives that an image keeps."""
+
+    negatives: str = "all"
+    ratio: int = 0
+    duplicates: str = "negative"
+
+    def __post_init__(self):
+        if self.negatives not in NEGATIVES:
+            raise ValueError(f"negatives {self.negatives!r} is none of {', '.join(NEGATIVES)}")
+        if self.duplicates not in DUPLICATES:
+            raise ValueError(f"duplicates {self.duplicates!r} is none of {', '.join(DUPLICATES)}")
+        if self.negatives != "all" and self.ratio < 1:
+            raise ValueError(
+                f"negatives {self.negatives!r} needs ratio, the negatives that each image keeps: "
+                f"at least 1, not {self.ratio}"
+            )
+        if self.negatives == "all" and self.ratio:
+            raise ValueError(f"ratio {self.ratio} needs negatives: random, hard or easy")
+
+    @property
+    def plain(self) -> bool:
+        return self.negatives == "all" and self.duplicates == "negative"
+
+    def label(
+        self, img: dict, txt: dict, diagonal: Bool[Array, "r c"] | None
+    ) -> tuple[Array | None, Array | None]:
+        """(positive, counted) of pairs, each broadcast over pairs, or None for none and for all.
+
+        Args:
+          img, txt: of the rows of each side, shaped to broadcast against each other: 'mask', and
+            'ids' with a trailing axis. Absent where there are none.
+          diagonal: True where both rows are one example; None where none are.
+        """
+        positive, counted = diagonal, None
+        if "mask" in img:
+            counted = img["mask"] & txt["mask"]
+        if self.duplicates != "negative":
+            same = jnp.any((img["ids"] == txt["ids"]) & (img["ids"] >= 0), axis=-1)
+            if self.duplicates == "positive":
+                positive = same if diagonal is None else same | diagonal
+            else:
+                others = ~same if diagonal is None else ~same | diagonal
+                counted = others if counted is None else counted & others
+        return positive, counted
+
+    def key(self, s: Float[Array, "r c"], img: dict, txt: dict, seed) -> UInt32[Array, "r c"]:
+        """Orders negatives: those with the greatest keys are kept. `s` are cosines."""
+        if self.negatives == "random":
+            return pair_hash(seed, img["index"], txt["index"])
+        # Negated for easy ones; + 0 turns -0 into 0. Unsigned order of the bits is then that of
+        # the numbers, once the sign bit is flipped, and all bits of negative ones.
+        bits = lax.bitcast_convert_type((-s if self.negatives == "easy" else s) + 0.0, jnp.uint32)
+        sign = jnp.uint32(2**31)
+        return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def labels(
+    pairs: Pairs,
+    zimg: Float[Array, "n d"],
+    ztxt: Float[Array, "n d"],
+    mask: Bool[Array, " n"] | None = None,
+    ids: Int[Array, "n k"] | None = None,
+    seed: int = 0,
+) -> Int[Array, "n n"]:
+    """The definition: +1 for positive pairs, -1 for negative ones, 0 for those left out."""
+    n = len(zimg)
+    rows = {"index": jnp.arange(n)}
+    rows |= {} if mask is None else {"mask": mask}
+    rows |= {} if ids is None else {"ids": ids}
+    img, txt = facing(rows, rows)
+    positive, counted = pairs.label(img, txt, jnp.eye(n, dtype=bool))
+    assert positive is not None  # the diagonal at least
+    counted = jnp.ones((n, n), bool) if counted is None else counted
+    negative = counted & ~positive
+    if pairs.negatives != "all":
+        s = jnp.matmul(zimg, ztxt.T, precision="highest")
+        keys = jnp.where(negative, pairs.key(s, img, txt, seed), 0)
+        least = jnp.sort(keys, axis=1)[:, max(0, n - pairs.ratio)]
+        negative &= keys >= least[:, None]
+    return jnp.where(counted & positive, 1, 0) - jnp.where(negative, 1, 0)
+
+
+def facing(rows: dict, columns: dict) -> tuple[dict, dict]:
+    """Two sets of row properties, shaped to broadcast against each other over pairs."""
+    down = {k: jnp.expand_dims(v, 1) for k, v in rows.items()}
+    across = {k: jnp.expand_dims(v, 0) for k, v in columns.items()}
+    return down, across
+
+
+# Hashes
+
+
+def pair_hash(seed, i: Int[Array, "..."], j: Int[Array, "..."]) -> UInt32[Array, "..."]:
+    """Equally distributed over 32 bits for every (seed, i, j); the same on every device."""
+    row = _mix(i.astype(jnp.uint32) ^ _mix(jnp.asarray(seed, jnp.uint32)))
+    return _mix(row + _mix(j.astype(jnp.uint32) ^ jnp.uint32(0x9E3779B9)))
+
+
+def row_hash(tokens: Int[Array, "n l"]) -> Int[Array, " n"]:
+    """31 bits of each row of integers, for ids: equal rows have equal ones, and of 2**31 unequal
+    pairs of rows about one as well."""
+    h = jnp.zeros(len(tokens), jnp.uint32)
+    for column in range(tokens.shape[1]):
+        h = _mix(h * jnp.uint32(31) + tokens[:, column].astype(jnp.uint32) + jnp.uint32(1))
+    return (h >> jnp.uint32(1)).astype(jnp.int32)
+
+
+def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    # The 32-bit finaliser "lowbias32" (Chris Wellons, Prospecting for Hash Functions).
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return x ^ (x >> jnp.uint32(16))
+
+
+def log_odds(batch_size: int, ratio: int = 0) -> float:
+    """The bias at which the sigmoid is the share p of positives among the pairs: log(p / (1 - p)).
+
+    p = 1 / N over all pairs of a batch; 1 / (1 + ratio) where an image keeps `ratio` negatives.
+    """
+    negatives = ratio or batch_size - 1
+    return -float(jnp.log(jnp.float32(max(negatives, 1))))
+
+
+def check_ids(pairs: Pairs, ids: jax.Array | None) -> None:
+    if pairs.duplicates != "negative" and ids is None:
+        raise ValueError(f"duplicates {pairs.duplicates!r} needs ids of the rows")
