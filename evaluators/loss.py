@@ -5,7 +5,7 @@ so the value grows with batch_size (with a model that knows nothing, like ln n) 
 equal batch_size compare. The chance level grows in the same way.
 """
 
-import math
+import inspect
 from collections.abc import Callable, Iterator
 
 import jax
@@ -15,6 +15,8 @@ from jaxtyping import Array
 
 from evaluators.embed import check_batch_size, eval_image, fetch, host_batches
 from input_pipeline.errors import UserError
+from siglip import pairs
+from siglip.pairs import Pairs
 from siglip.sharding import replicated
 
 
@@ -28,7 +30,7 @@ class Evaluator:
       source: examples with 'image', 'texts' and 'id'.
       loss_fn: loss_fn(zimg, ztxt, t, b, mask) -> scalar on global arrays, per unmasked pair. Its
         attribute `chance`, a function of the number of pairs, is the loss of a model that knows
-        only the prior; without one see `prior_loss`.
+        only the prior; without one that of the sigmoid, pairs.Pairs.prior_loss.
       batch_size: pairs in a batch, over all devices. THE RESULT DEPENDS ON IT.
 
     Raises:
@@ -42,12 +44,14 @@ class Evaluator:
         self._chance: Callable[[int], float] | None = getattr(loss_fn, "chance", None)
         self.protocol = f"{len(source)} pairs (first captions) in batches of {batch_size}"
 
-        def loss(params, batch: dict[str, Array]) -> tuple[Array, Array, Array | None]:
+        def loss(params, batch: dict[str, Array]) -> tuple[Array, Array]:
             zimg, ztxt, scalars = model.apply(
                 {"params": params}, image=batch["image"], text=batch["text"], train=False
             )
-            value = loss_fn(zimg, ztxt, scalars["t"], scalars["b"], batch["mask"])
-            return value, batch["mask"].sum(), scalars["b"]
+            asked = inspect.signature(loss_fn).parameters
+            extras = {"ids": pairs.ids(batch["text"])} if "ids" in asked else {}
+            value = loss_fn(zimg, ztxt, scalars["t"], scalars["b"], batch["mask"], **extras)
+            return value, batch["mask"].sum()
 
         self._loss = jax.jit(loss, out_shardings=replicated(mesh))
 
@@ -59,28 +63,16 @@ class Evaluator:
         """
         batches = host_batches(self._source, self._pair, self._batch_size)
         results = list(fetch(self._loss, params, batches, self._mesh))
-        values = np.array([float(value) for value, _, _ in results])
-        pairs = np.array([int(n) for _, n, _ in results])
-        if pairs.sum() != len(self._source):
-            raise AssertionError(f"{pairs.sum()} pairs counted of {len(self._source)}")
+        values = np.array([float(value) for value, _ in results])
+        counts = np.array([int(n) for _, n in results])
+        if counts.sum() != len(self._source):
+            raise AssertionError(f"{counts.sum()} pairs counted of {len(self._source)}")
         if not np.isfinite(values).all():
             raise UserError("the validation loss is not finite: these parameters are broken")
-        has_bias = results[0][2] is not None
-        chance = self._chance or (lambda n: prior_loss(n, has_bias=has_bias))
-        chances = np.array([chance(int(n)) for n in pairs])
-        yield "loss", float(values @ pairs / pairs.sum()), float(chances @ pairs / pairs.sum())
+        chance = self._chance or Pairs().prior_loss
+        chances = np.array([chance(int(n)) for n in counts])
+        yield "loss", float(values @ counts / counts.sum()), float(chances @ counts / counts.sum())
 
     def _pair(self, example: dict) -> dict[str, np.ndarray]:
         text = self._preprocess.text(example["texts"][0])
         return {"image": eval_image(self._preprocess, example), "text": text}
-
-
-def prior_loss(n: int, *, has_bias: bool) -> float:
-    """Loss, in nats per pair, of a model that knows only that 1 of n texts is the image's.
-
-    With a bias, the sigmoid loss: each pair sums n binary decisions of probability 1/n, together
-    n H(1/n) = ln n + (n-1) ln(n / (n-1)). Without one, the softmax loss: ln n.
-    """
-    if n <= 1:
-        return 0.0
-    return math.log(n) + (has_bias and (n - 1) * math.log(n / (n - 1)))

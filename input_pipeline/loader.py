@@ -50,7 +50,8 @@ def train_batches(
 
     Yields:
       image uint8 [n, res, res, 3], text int32 [n, token_len], mask bool [n] (False: the image did
-      not decode), position int64 [n] (global position in the stream of all epochs).
+      not decode), position int64 [n] (global position in the stream of all epochs), index int32
+      [n] (place in the source).
 
     Raises:
       ValueError: processes do not divide the batch, or there are no examples.
@@ -64,8 +65,9 @@ def train_batches(
 
     def row(position: int) -> dict[str, Any]:
         rng = np.random.default_rng((seed, position))
-        made = preprocess.example(source[order[position]], rng)
-        return {**made, "position": np.int64(position)}
+        index = order[position]
+        made = preprocess.example(source[index], rng)
+        return {**made, "position": np.int64(position), "index": np.int32(index)}
 
     return Batches(positions, row, start_step, num_threads, prefetch)
 

@@ -154,7 +154,7 @@ class Choice:
     why: str
 
 
-def choose(mesh: Mesh, *, n: int, d: int, devices: int, itemsize: int, moves: int = 4) -> Choice:
+def choose(mesh: Mesh, *, n: int, d: int, devices: int, itemsize: int) -> Choice:
     """The exchange with the least estimated time for a loss with all gradients.
 
     Compute hides sends while a block is visited; what it does not hide, and the latency of each
@@ -162,7 +162,6 @@ def choose(mesh: Mesh, *, n: int, d: int, devices: int, itemsize: int, moves: in
 
     Args:
       n, d: rows and width of a block. itemsize: bytes of a travelling number.
-      moves: bytes of a travelling accumulator's number; 0 where nothing is accumulated.
     """
     device = mesh.devices.flat[0]
     kind = next((k for k in KINDS if device.device_kind.startswith(k)), None)
@@ -170,18 +169,17 @@ def choose(mesh: Mesh, *, n: int, d: int, devices: int, itemsize: int, moves: in
     if device.platform == "gpu" and len({x.process_index for x in mesh.devices.flat}) > 1:
         wire, latency = BETWEEN_HOSTS
     flops = flops / 4 if itemsize == 4 and device.platform != "cpu" else flops  # f32 in passes
-    visit = (6 if moves else 4) * n * n * d / flops
-    block = n * d * (itemsize + moves) / wire
-    messages = 2 if moves else 1
+    visit = 6 * n * n * d / flops
+    block = n * d * (itemsize + 4) / wire  # embeddings and their float32 accumulator
+    ways = 2 if torus else 1  # links that send at a time
     seconds = {
-        "ring": devices * max(visit, block + messages * latency),
-        "bidirectional": devices
-        * max(visit, block / (2 if torus else 1) + 2 * messages * latency / (2 if torus else 1)),
+        "ring": devices * max(visit, block + 2 * latency),
+        "bidirectional": devices * max(visit, (block + 4 * latency) / ways),
         "gather": devices * visit
-        + (devices - 1) * block / (2 if torus else 1)
-        + messages * latency * math.ceil(math.log2(max(devices, 2))),
+        + (devices - 1) * block / ways
+        + 2 * latency * math.ceil(math.log2(max(devices, 2))),
     }
-    held = devices * n * d * (itemsize + 2 * moves)
+    held = devices * n * d * (itemsize + 8)
     allowed = [k for k in EXCHANGES if k != "gather" or held <= GATHER_BYTES]
     name = min(allowed, key=lambda k: seconds[k])  # the ring where they are equal
     estimates = ", ".join(f"{k} {seconds[k] * 1e3:.3g} ms" for k in allowed)

@@ -13,6 +13,7 @@ Two options change that, for the definition (`labels`) and the ring (`Pairs`) al
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,13 @@ class Pairs:
     @property
     def plain(self) -> bool:
         return self.negatives == "all" and self.duplicates == "negative"
+
+    def prior_loss(self, n: int) -> float:
+        """Sigmoid loss, in nats per pair, of a model that knows only that 1 of n texts is the
+        image's: m binary decisions of probability 1/m, together m H(1/m) = ln m + (m-1) ln(m /
+        (m-1)), where m - 1 is the number of negatives that an image keeps."""
+        m = min(n, self.ratio + 1) if self.ratio else n
+        return math.log(m) + (m - 1) * math.log(m / (m - 1)) if m > 1 else 0.0
 
     def label(
         self, img: dict, txt: dict, diagonal: Bool[Array, "r c"] | None
@@ -123,6 +131,12 @@ def pair_hash(seed, i: Int[Array, "..."], j: Int[Array, "..."]) -> UInt32[Array,
     return _mix(row + _mix(j.astype(jnp.uint32) ^ jnp.uint32(0x9E3779B9)))
 
 
+def ids(text: Int[Array, "n l"], index: Int[Array, " n"] | None = None) -> Int[Array, "n k"]:
+    """Of a batch: equal captions are duplicates, and so is an example that is in it twice."""
+    columns = [row_hash(text)] + ([] if index is None else [index])
+    return jnp.stack(columns, axis=1)
+
+
 def row_hash(tokens: Int[Array, "n l"]) -> Int[Array, " n"]:
     """31 bits of each row of integers, for ids: equal rows have equal ones, and of 2**31 unequal
     pairs of rows about one as well."""
@@ -144,8 +158,7 @@ def log_odds(batch_size: int, ratio: int = 0) -> float:
 
     p = 1 / N over all pairs of a batch; 1 / (1 + ratio) where an image keeps `ratio` negatives.
     """
-    negatives = ratio or batch_size - 1
-    return -float(jnp.log(jnp.float32(max(negatives, 1))))
+    return -math.log(max(ratio or batch_size - 1, 1))
 
 
 def check_ids(pairs: Pairs, ids: jax.Array | None) -> None:

@@ -49,9 +49,11 @@ def make_sigmoid_loss(
     options: dict[str, Any] = dict(exchange=exchange, dtype=dtype, tile=tile, unroll=unroll)
     _check_options(**options)
     pairs = Pairs(negatives, ratio, duplicates)
-    return functools.partial(
+    loss = functools.partial(
         sigmoid_loss, mesh=mesh, pairs=pairs, relative_bias=relative_bias, **options
     )
+    setattr(loss, "chance", pairs.prior_loss)  # noqa: B010
+    return loss
 
 
 def make_softmax_loss(
@@ -68,7 +70,6 @@ def make_softmax_loss(
     _check_options(**options)
     pairs = _softmax_pairs(Pairs(duplicates=duplicates))
     loss = functools.partial(softmax_loss, mesh=mesh, pairs=pairs, **options)
-    # Loss of a model that knows only that one of n texts is the image's: evaluators print it.
     setattr(loss, "chance", math.log)  # noqa: B010
     return loss
 

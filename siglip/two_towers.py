@@ -1,5 +1,7 @@
 """Both towers, the learned temperature t and the bias b."""
 
+from typing import Literal
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,7 @@ class TwoTowers(nn.Module):
         image: UInt8[Array, "n res res 3"] | Float[Array, "n res res 3"] | None = None,
         text: Int[Array, "n l"] | None = None,
         *,
+        rows: Int[Array, " n"] | None = None,
         train: bool = False,
     ) -> tuple[Array | None, Array | None, dict[str, Array | None]]:
         """Embeds what is given.
@@ -35,6 +38,8 @@ class TwoTowers(nn.Module):
         Args:
           image: uint8, or floats in [-1, 1]; None for no image embeddings.
           text: token ids; None for no text embeddings.
+          rows: place of each example in the batch, which what is random depends on; default
+            0, 1, 2, ...
           train: random patch dropping is on. It needs an rng named 'dropout'.
 
         Returns:
@@ -47,7 +52,7 @@ class TwoTowers(nn.Module):
             b = self.param("b", nn.initializers.constant(self.b_init), (1,))[0]
         zimg = ztxt = None
         if image is not None:
-            zimg = _unit(self.img(to_model_range(image), train=train))
+            zimg = _unit(self.img(to_model_range(image), rows=rows, train=train))
         if text is not None:
             ztxt = _unit(self.txt(text, train=train))
         return zimg, ztxt, {"t": jnp.exp(t_prime[0]), "b": b}
@@ -70,7 +75,7 @@ def make_model(
     img: dict,
     txt: dict,
     t_init: float = 10.0,
-    b_init: float | None = -10.0,
+    b_init: float | Literal["auto"] | None = -10.0,
     dtype: str = "float32",
     scan: bool = False,
     remat: str = "none",
@@ -81,7 +86,8 @@ def make_model(
       img, txt: keyword arguments of vit.make_vit and text.make_text. The width of the text head,
         txt['out_dim'], is by default that of the image embedding.
       t_init: initial temperature (the parameter starts at its log).
-      b_init: initial bias; None for a model without one (CLIP's softmax).
+      b_init: initial bias; None for a model without one (CLIP's softmax). The trainer puts the
+        prior of its batch, log(p / (1 - p)) with p = 1 / N, in the place of 'auto'.
       dtype: of matmuls in towers and head. Parameters, residuals, embeddings and logits are
         float32.
       scan, remat: see transformer.Encoder.
@@ -93,6 +99,8 @@ def make_model(
         raise ValueError(f"dtype {dtype!r} is none of float32, bfloat16")
     if remat not in transformer.REMAT:
         raise ValueError(f"remat {remat!r} is none of {', '.join(transformer.REMAT)}")
+    if b_init == "auto":
+        raise ValueError("b_init 'auto' depends on the batch: siglip.pairs.log_odds(batch_size)")
     if t_init <= 0:
         raise ValueError(f"t_init is the temperature, which must be positive, not {t_init}")
     vit = make_vit(dtype, scan, remat, **img)

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from siglip.transformer import Encoder, MAPHead, check_sizes, decode_variant
 
@@ -27,7 +27,11 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "n res res 3"], *, train: bool = False
+        self,
+        image: Float[Array, "n res res 3"],
+        *,
+        rows: Int[Array, " n"] | None = None,
+        train: bool = False,
     ) -> Float[Array, "n d"]:
         """`image` in [-1, 1]. With `train` and `drop_patches` it needs an rng named 'dropout'."""
         p = self.patch_size
@@ -42,7 +46,7 @@ class ViT(nn.Module):
         x = x + pos  # float32, and so is every sum of residuals
 
         if train and self.drop_patches:
-            x = self._keep_some(x)
+            x = self._keep_some(x, rows)
         if self.pool == "tok":  # without a position of its own: it is not a place in the image
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
             x = jnp.concatenate([jnp.tile(cls, (len(x), 1, 1)), x], axis=1)
@@ -64,10 +68,13 @@ class ViT(nn.Module):
             x = nn.Dense(self.out_dim, dtype=self.dtype, name="head")(x)
         return x
 
-    def _keep_some(self, x: Float[Array, "n l d"]) -> Float[Array, "n kept d"]:
+    def _keep_some(self, x: Float[Array, "n l d"], rows) -> Float[Array, "n kept d"]:
         """A random subset of the patches of each image, as FLIP trains (arXiv 2212.00794)."""
         kept = max(1, round(x.shape[1] * (1 - self.drop_patches)))
-        noise = jax.random.uniform(self.make_rng("dropout"), x.shape[:2])
+        rows = jnp.arange(len(x)) if rows is None else rows
+        # By row, so that an image keeps its patches whatever part of the batch it is embedded in.
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), rows)
+        noise = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:2]))(keys)
         index = jnp.argsort(noise, axis=1)[:, :kept, None]
         return jnp.take_along_axis(x, index, axis=1)
 

@@ -74,6 +74,7 @@ class Mesh:
 @dataclasses.dataclass(kw_only=True)
 class Input:
     batch_size: int = 256  # over all devices
+    microbatch: int = 0  # pairs that are embedded at a time, over all devices; 0: all at once
     num_threads: int = NUM_THREADS
     prefetch: int = PREFETCH  # batches
     max_bad_fraction: float = 0.01
@@ -135,6 +136,7 @@ FREE = (
     "evals",
     "checkpoint",
     "mesh",
+    "input.microbatch",
     "input.num_threads",
     "input.prefetch",
     "input.max_bad_fraction",

@@ -1,6 +1,8 @@
 """The state of a contrastive run and its update step."""
 
+import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree
 
-from siglip import logit_stats
+from siglip import logit_stats, pairs
 from siglip.losses import Loss
 from siglip.sharding import batch_sharding, params_sharding, replicated
 
@@ -78,6 +81,7 @@ def make_update(
     *,
     seed: int,
     log_every: int,
+    microbatch: int = 0,
 ) -> Callable[[TrainState, Tally, Batch], tuple[TrainState, Tally, dict[str, Array]]]:
     """The jitted update: (state, tally, batch) -> (state, tally, metrics), donating the first two.
 
@@ -87,34 +91,34 @@ def make_update(
       frozen: True for parameters without gradient; XLA then drops their backward pass.
       state_sharding: where the arrays of the state lie, and stay.
       seed: of everything random in a step (patch dropping); the step is folded in.
+      microbatch: pairs that are embedded at a time, over all devices; 0 for the whole batch. The
+        loss is over the whole batch in any case.
       log_every: logit statistics, which cost a matmul of the loss's size, are made on the steps
         after which (step + 1) % log_every == 0, and are NaN otherwise.
     """
 
     everywhere = replicated(mesh)
+    loss_and_grads = _whole if microbatch in (0, None) else _in_microbatches(microbatch, mesh)
+    towers = Towers(model, frozen, mesh)
 
-    def loss_and_embeddings(params, batch: Batch, step):
-        params = jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, frozen)
-        # Parameters are gathered, activations stay where their examples are: left alone, XLA would
-        # split the layers over `fsdp` and gather the activations of the whole batch.
-        params = jax.lax.with_sharding_constraint(params, everywhere)
-        zimg, ztxt, out = model.apply(
-            {"params": params},
-            batch["image"],
-            batch["text"],
-            train=True,
-            rngs={"dropout": jax.random.fold_in(jax.random.key(seed), step)},
-        )
-        zimg, ztxt = jax.lax.with_sharding_constraint((zimg, ztxt), batch_sharding(mesh))
-        loss = loss_fn(zimg, ztxt, out["t"], out["b"], batch["mask"])
-        return loss, (zimg, ztxt, out["t"], out["b"])
+    def loss_of(batch: Batch, step):
+        """loss(zimg, ztxt, t, b) of this batch, with what else the loss wants to know of it."""
+        known = {
+            "ids": lambda: pairs.ids(batch["text"], batch.get("index")),
+            "seed": lambda: jnp.uint32(seed) * jnp.uint32(0x9E3779B1) + step.astype(jnp.uint32),
+        }
+        asked = inspect.signature(loss_fn).parameters
+        extras = {name: value() for name, value in known.items() if name in asked}
+        return lambda zimg, ztxt, t, b: loss_fn(zimg, ztxt, t, b, batch["mask"], **extras)
 
     @functools.partial(
         jax.jit, donate_argnums=(0, 1), out_shardings=(state_sharding, everywhere, everywhere)
     )
     def update(state: TrainState, tally: Tally, batch: Batch):
-        value_and_grad = jax.value_and_grad(loss_and_embeddings, has_aux=True)
-        (loss, embeddings), grads = value_and_grad(state.params, batch, state.step)
+        embed = functools.partial(towers, key=jax.random.fold_in(jax.random.key(seed), state.step))
+        loss, embeddings, grads = loss_and_grads(
+            embed, loss_of(batch, state.step), state.params, batch
+        )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
 
@@ -139,6 +143,114 @@ def make_update(
         return new, tally, metrics
 
     return update
+
+
+# Loss and gradients of the parameters, from the towers and a loss(zimg, ztxt, t, b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Towers:
+    """The model as a function of its parameters, some of them frozen."""
+
+    model: Any
+    frozen: PyTree[bool]
+    mesh: jax.sharding.Mesh
+
+    def __call__(self, params, part: Batch, key) -> tuple[Array, Array, Array, Array | None]:
+        """(zimg, ztxt, t, b) of the images and texts of `part`, whose `row` in the batch seeds what
+        is random; None for what is not in it."""
+        params = jax.tree.map(
+            lambda p, f: jax.lax.stop_gradient(p) if f else p, params, self.frozen
+        )
+        # Parameters are gathered, activations stay where their examples are: left alone, XLA would
+        # split the layers over `fsdp` and gather the activations of the whole batch.
+        params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
+        zimg, ztxt, out = self.model.apply(
+            {"params": params},
+            part.get("image"),
+            part.get("text"),
+            rows=part.get("row"),
+            train=True,
+            rngs={"dropout": key},
+        )
+        rows = batch_sharding(self.mesh)
+        zimg, ztxt = jax.lax.with_sharding_constraint((zimg, ztxt), rows)
+        return zimg, ztxt, out["t"], out["b"]
+
+
+def _inputs(batch: Batch) -> Batch:
+    return {
+        "image": batch["image"],
+        "text": batch["text"],
+        "row": jnp.arange(len(batch["text"]), dtype=jnp.int32),
+    }
+
+
+def _whole(embed, loss, params, batch: Batch):
+    """One forward and one backward pass: (loss, embeddings, grads)."""
+
+    def loss_and_embeddings(params):
+        embeddings = embed(params, _inputs(batch))
+        return loss(*embeddings), embeddings
+
+    (value, embeddings), grads = jax.value_and_grad(loss_and_embeddings, has_aux=True)(params)
+    return value, embeddings, grads
+
+
+def _in_microbatches(size: int, mesh: jax.sharding.Mesh):
+    """The same for batches whose activations do not fit: embeds all microbatches and keeps nothing
+    but embeddings, takes one loss over the whole batch with its gradients, then goes forward and
+    back through each microbatch: one more forward pass (GradCache, arXiv 2101.06983)."""
+
+    def loss_and_grads(embed, loss, params, batch: Batch):
+        parts = _split(_inputs(batch), size, mesh)
+        zimg, ztxt = (
+            _join(z, mesh) for z in jax.lax.map(lambda part: embed(params, part)[:2], parts)
+        )
+        (t, b), scalars_vjp = jax.vjp(lambda params: embed(params, {})[2:], params)
+        # Only what leads to a parameter that learns: a frozen tower saves its matmul in the loss.
+        frozen = embed.func.frozen
+        learns = {
+            i: not all(jax.tree.leaves(frozen.get(name)))
+            for i, name in enumerate(("img", "txt", "t", "b"))
+            if name in frozen
+        }
+        value, dz = jax.value_and_grad(loss, [i for i, yes in learns.items() if yes])(
+            zimg, ztxt, t, b
+        )
+        dz = dict(zip((i for i, yes in learns.items() if yes), dz))
+        zeros = [None if x is None else jnp.zeros_like(x) for x in (zimg, ztxt, t, b)]
+        dimg, dtxt, dt, db = (dz.get(i, zero) for i, zero in enumerate(zeros))
+
+        def add(grads, part_and_dz):
+            part, dz = part_and_dz
+            _, vjp = jax.vjp(lambda params: embed(params, part)[:2], params)
+            return jax.tree.map(jnp.add, grads, vjp(dz)[0]), None
+
+        (grads,) = scalars_vjp((dt, db))
+        parts_of_dz = _split((dimg, dtxt), size, mesh)
+        grads, _ = jax.lax.scan(add, grads, (parts, parts_of_dz))
+        return value, (zimg, ztxt, t, b), grads
+
+    return loss_and_grads
+
+
+def _split(tree, size: int, mesh: jax.sharding.Mesh):
+    """[N, ...] -> [N / size, size, ...] where every row stays on its device."""
+    local = size // mesh.size
+    rows, parts = PartitionSpec(mesh.axis_names), PartitionSpec(None, mesh.axis_names)
+    split = functools.partial(
+        jax.tree.map, lambda x: x.reshape(len(x) // local, local, *x.shape[1:])
+    )
+    return jax.shard_map(split, mesh=mesh, in_specs=rows, out_specs=parts)(tree)
+
+
+def _join(x, mesh: jax.sharding.Mesh):
+    """The inverse of `_split` for one array."""
+    rows, parts = PartitionSpec(mesh.axis_names), PartitionSpec(None, mesh.axis_names)
+    return jax.shard_map(
+        lambda x: x.reshape(-1, *x.shape[2:]), mesh=mesh, in_specs=parts, out_specs=rows
+    )(x)
 
 
 def _logit_metrics(embeddings, mask: Bool[Array, " n"], wanted, mesh) -> dict[str, Array]:

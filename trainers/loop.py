@@ -129,6 +129,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
             jax.tree.map(lambda x: x.sharding, abstract),
             seed=config.seed,
             log_every=config.log_every,
+            microbatch=config.input.microbatch,
         )
         batches = loader.train_batches(
             source,
@@ -242,7 +243,7 @@ def _updates(run: Run, update, state, batches: Iterator[dict], missed: list[str]
         for step in range(run.first + 1, plan.total + 1):
             with run.clock.waiting():
                 batch = next(batches)
-            batch = {k: v for k, v in batch.items() if k in ("image", "text", "mask")}
+            batch = {k: v for k, v in batch.items() if k in ("image", "text", "mask", "index")}
             state, tally, metrics = update(state, tally, to_device(batch, mesh))
             in_flight.append(metrics["loss"])
             if len(in_flight) > AHEAD or step == run.first + 1:
@@ -350,14 +351,17 @@ def _introduce(run: Run, examples: int, state, start: checkpointing.Start) -> No
     if run.first == total:
         told = f"{run.workdir} is trained already, evaluating it again"
     epochs = total * config.input.batch_size / examples
+    microbatch = config.input.microbatch
+    parts = f" (embedded {microbatch} at a time)" if microbatch else ""
     run.progress.note(
         f"{told}\n"
         f"  model: {sum(x.size for x in arrays):,} parameters in {len(arrays)} arrays\n"
-        f"  data: {examples:,} examples; {total:,} steps of {config.input.batch_size}, "
+        f"  data: {examples:,} examples; {total:,} steps of {config.input.batch_size}{parts}, "
         f"{epochs:.3g} epochs\n"
         f"  devices: {mesh.size} {mesh.devices.flat[0].platform}, "
         f"mesh {', '.join(f'{k}={v}' for k, v in mesh.shape.items())}; "
-        f"loss {config.loss.name}; jax {jax.__version__}"
+        f"jax {jax.__version__}\n"
+        f"  loss: {setup.describe_loss(run.things)}"
     )
     if jax.process_index() == 0 and not (run.workdir / PARAMETERS).exists():
         table = parameter_overview.get_parameter_overview(state.params, include_stats=False)

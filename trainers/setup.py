@@ -12,7 +12,9 @@ from evaluators import EVALUATORS
 from input_pipeline import SOURCES, TOKENIZERS
 from input_pipeline.errors import UserError
 from input_pipeline.transforms import Preprocess, make_preprocess
+from siglip import exchange
 from siglip.losses import Loss
+from siglip.pairs import log_odds
 from siglip.sharding import make_mesh, params_sharding
 from siglip.two_towers import TwoTowers, make_model
 from trainers import durations
@@ -56,6 +58,8 @@ def make_setup(config: Any) -> Setup:
             f"{tokenizer.vocab_size} ids; leave it unset to take the tokenizer's"
         )
     blocks["txt"]["vocab_size"] = vocab_size
+    if blocks["b_init"] == "auto":
+        blocks["b_init"] = prior_bias(config)
     with mistakes_of("model"):
         model = make_model(**blocks)
     with mistakes_of("loss"):
@@ -64,7 +68,22 @@ def make_setup(config: Any) -> Setup:
 
 
 # The keys of config.input that are not options of make_preprocess.
-INPUT_KEYS = ("batch_size", "source", "tokenizer", "num_threads", "prefetch", "max_bad_fraction")
+INPUT_KEYS = (
+    "batch_size",
+    "microbatch",
+    "source",
+    "tokenizer",
+    "num_threads",
+    "prefetch",
+    "max_bad_fraction",
+)
+
+
+def prior_bias(config: Any) -> float:
+    """The bias at which the sigmoid is the share of positives among the pairs of a batch."""
+    bias = log_odds(config.input.batch_size, config.loss.get("ratio", 0))
+    # In the form t (x.y - b) the bias is a cosine.
+    return -bias / config.model.t_init if config.loss.get("relative_bias") else bias
 
 
 def make_evaluators(setup: Setup) -> dict[str, Any]:
@@ -82,7 +101,29 @@ def make_evaluators(setup: Setup) -> dict[str, Any]:
     return evaluators
 
 
-LEAST = {"seed": 0, "log_every": 1, "input.num_threads": 0, "input.prefetch": 1}
+def describe_loss(setup: Setup) -> str:
+    """The loss in a line: its settings, and the exchange with the estimates it was chosen by."""
+    config, mesh = setup.config, setup.mesh
+    settings = ", ".join(f"{k} {v}" for k, v in without(config.loss, "name").items() if v)
+    if config.loss.get("exchange") != "auto":
+        return f"{config.loss.name}; {settings}" if settings else config.loss.name
+    choice = exchange.choose(
+        mesh,
+        n=config.input.batch_size // mesh.size,
+        d=setup.model.img.out_dim or setup.model.img.width,
+        devices=mesh.size,
+        itemsize=2 if config.loss.dtype == "bfloat16" else 4,
+    )
+    return f"{config.loss.name}; {settings}: {choice.name} ({choice.why})"
+
+
+LEAST = {
+    "seed": 0,
+    "log_every": 1,
+    "input.microbatch": 0,
+    "input.num_threads": 0,
+    "input.prefetch": 1,
+}
 
 
 def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
@@ -98,6 +139,15 @@ def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
         raise UserError(
             f"config.input.batch_size={batch_size} does not divide over {mesh.size} devices; "
             f"the nearest that does is {near}"
+        )
+    microbatch = config.input.microbatch
+    if microbatch and (microbatch % mesh.size or batch_size % microbatch):
+        local = batch_size // mesh.size
+        fitting = [mesh.size * k for k in range(1, local + 1) if local % k == 0]
+        raise UserError(
+            f"config.input.microbatch={microbatch} must divide config.input.batch_size="
+            f"{batch_size} and be a multiple of {mesh.size} devices: one of "
+            f"{', '.join(map(str, fitting))}"
         )
 
 

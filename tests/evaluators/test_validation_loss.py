@@ -3,9 +3,10 @@ import math
 import numpy as np
 import pytest
 
-from evaluators.loss import Evaluator, prior_loss
+from evaluators.loss import Evaluator
 from input_pipeline.errors import UserError
 from siglip import losses, ring
+from siglip.pairs import Pairs
 
 
 def run(
@@ -56,9 +57,7 @@ def test_the_ring_loss_gives_the_definitions_value(fakes):
     loss_fn = ring.make_sigmoid_loss(fakes.mesh(4, 2))
     value, chance = run(fakes, source, params, loss_fn, mesh_shape=(4, 2), batch_size=8)
     assert value == pytest.approx(by_batches(fakes, source, params, 8), rel=1e-5)
-    assert chance == pytest.approx(
-        (8 * prior_loss(8, has_bias=True) + 5 * prior_loss(5, has_bias=True)) / 13
-    )
+    assert chance == pytest.approx((8 * Pairs().prior_loss(8) + 5 * Pairs().prior_loss(5)) / 13)
 
 
 def test_a_model_that_knows_only_the_prior_scores_the_chance_level(fakes):
@@ -91,7 +90,7 @@ def test_a_loss_can_bring_its_own_chance_level(fakes):
 
 
 def test_one_pair_alone_has_no_uncertainty():
-    assert prior_loss(1, has_bias=True) == prior_loss(1, has_bias=False) == 0.0
+    assert Pairs().prior_loss(1) == 0.0
 
 
 def test_the_first_text_counts(fakes):

@@ -28,7 +28,9 @@ def batch() -> dict[str, np.ndarray]:
     }
 
 
-def make(mesh, loss_fn=None, frozen=lambda name: False, log_every=1, drop_patches=0.0):
+def make(
+    mesh, loss_fn=None, frozen=lambda name: False, log_every=1, drop_patches=0.0, microbatch=0
+):
     model = make_model(
         img=dict(variant="mu/8", drop_patches=drop_patches, **SIZES),
         txt=dict(variant="mu", vocab_size=600, **SIZES),  # a table large enough to be split
@@ -50,6 +52,7 @@ def make(mesh, loss_fn=None, frozen=lambda name: False, log_every=1, drop_patche
         jax.tree.map(lambda x: x.sharding, abstract),
         seed=0,
         log_every=log_every,
+        microbatch=microbatch,
     )
     return types.SimpleNamespace(
         abstract=abstract, state=init(), update=update, mesh=mesh, tally=contrastive.new_tally(mesh)
@@ -92,7 +95,8 @@ def test_the_state_is_born_and_stays_sharded(batch):
 
 
 def test_with_fsdp_parameters_are_gathered_and_activations_are_not(batch):
-    it = make(make_mesh(data=2, fsdp=4))
+    mesh = make_mesh(data=2, fsdp=4)
+    it = make(mesh, ring.make_sigmoid_loss(mesh, exchange="ring"))
     program = it.update.lower(it.state, it.tally, to_device(batch, it.mesh)).compile().as_text()
     gathered = set(re.findall(r"= \(?(\w+\[[\d,]*\])\S* all-gather(?:-start)?\(", program))
     assert gathered == {"f32[600,32]"}  # the one parameter that is large enough to be split
@@ -110,6 +114,73 @@ def test_frozen_parameters_stay_and_their_tower_has_no_backward_pass(batch):
     state, _, _ = run(it, batch)
     assert_close(state.params["img"], before["img"], rtol=0, atol=0)
     assert np.any(state.params["txt"]["head"]["kernel"] != before["txt"]["head"]["kernel"])
+
+
+def test_a_frozen_tower_saves_a_matmul_and_all_accumulators_of_the_loss(batch):
+    # Neither of the sides says so: the loss sees that no derivative is asked for.
+    def permutes(frozen, microbatch=0):
+        mesh = make_mesh()
+        loss_fn = ring.make_sigmoid_loss(mesh, exchange="ring", unroll=8)
+        it = make(mesh, loss_fn, frozen, log_every=1, microbatch=microbatch)
+        text = it.update.lower(it.state, it.tally, to_device(batch, mesh)).as_text()
+        return len(re.findall("collective_permute", text))
+
+    # Texts and their mask make D - 1 hops, accumulators D; the logit statistics have 2 in a loop.
+    assert permutes(lambda name: False) == 2 * 7 + 8 + 2
+    for tower in ("img/", "txt/"):
+        for microbatch in (0, 8):
+            assert permutes(lambda name, t=tower: name.startswith(t), microbatch) == 2 * 7 + 2
+
+
+def test_t_and_b_can_be_fixed(batch):
+    it = make(make_mesh(), frozen=lambda name: name in ("t", "b"))
+    state, _, metrics = run(it, batch, batch)
+    assert metrics["t"] == pytest.approx(10, rel=1e-6) and metrics["b"] == -10
+    assert state.params["t"] == np.float32(np.log(10)) and state.params["b"] == -10
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "img/"])
+@pytest.mark.parametrize("fsdp, microbatch", [(1, 8), (2, 8)])
+def test_microbatches_give_the_same_loss_gradient_and_update(batch, frozen, fsdp, microbatch):
+    mesh = make_mesh(fsdp=fsdp)
+    options = dict(drop_patches=0.5, frozen=lambda name: name.startswith(frozen))
+    got, _, metrics = run(make(mesh, microbatch=microbatch, **options), batch, batch)
+    want, _, expected = run(make(mesh, **options), batch, batch)
+    assert_close(got.params, want.params, rtol=1e-5, atol=1e-6)
+    assert_close(got.opt_state, want.opt_state, rtol=1e-4, atol=1e-6)
+    for name in ("loss", "grad_norm", "neg_logit_max"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_activations_in_memory_are_those_of_one_microbatch(batch):
+    mesh = make_mesh()
+    large = {k: np.repeat(v, 32, axis=0) for k, v in batch.items()}
+
+    def temporary(microbatch, rows=32 * 16):
+        it = make(mesh, microbatch=microbatch)
+        on = to_device({k: v[:rows] for k, v in large.items()}, mesh)
+        compiled = it.update.lower(it.state, it.tally, on).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    whole, small, eighth = temporary(0), temporary(64), temporary(0, rows=64)
+    assert small < 0.4 * whole
+    assert small < 2 * eighth
+
+
+def test_a_loss_that_asks_for_ids_and_seed_gets_them(batch):
+    mesh, seen = make_mesh(), {}
+
+    def loss_fn(zimg, ztxt, t, b, mask, *, ids, seed):
+        seen.update(ids=ids.shape, seed=seed.dtype)
+        same = jnp.sum(jnp.any(ids[:, None] == ids[None], axis=-1))
+        return losses.sigmoid_loss(zimg, ztxt, t, b, mask) * 0 + same
+
+    # Rows 0 and 1 share a caption, 2 and 3 an image; each row is its own duplicate.
+    text, index = batch["text"].copy(), np.arange(16, dtype=np.int32)
+    text[1], index[3] = text[0], index[2]
+    _, _, metrics = run(make(mesh, loss_fn), {**batch, "text": text, "index": index})
+    assert metrics["loss"] == 16 + 4
+    assert seen == {"ids": (16, 2), "seed": jnp.uint32}
 
 
 def test_masked_examples_are_counted_and_their_content_does_not_matter(batch):

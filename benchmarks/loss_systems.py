@@ -1,0 +1,171 @@
+"""Which systems the loss benchmark compares, and which of them can run here."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks import loss_jax, loss_jax_worker, loss_torch, loss_torch_worker
+from benchmarks.loss_case import Case, Mistake
+from benchmarks.loss_worker import ROOT, Job, Worker
+
+BASE = "ours-ring"  # the others' ratios are to it
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A way to compute the loss. `worker` is "jax" or "torch", `options` says which of its."""
+
+    name: str
+    what: str
+    worker: str
+    options: dict[str, Any]
+    gpu_only: bool = False
+    several_devices: bool = False  # on one device it is the same as another one of the list
+
+    def start(self, case: Case, platform: str, folder: str, peer_python: str) -> Worker:
+        job = Job(self.options, case.devices, case.n, case.d, case.dtype, platform, folder)
+        if self.worker == "jax":
+            env = loss_jax_worker.environment(job)
+            return Worker(sys.executable, "benchmarks.loss_jax_worker", job, env)
+        env = loss_torch_worker.environment(job)
+        return Worker(peer_python, "benchmarks.loss_torch_worker", job, env)
+
+
+def every() -> list[System]:
+    """All systems, ours first."""
+    ours = [System(BASE, "this project: one tour of the ring", "jax", {"form": "ours"})]
+    if loss_jax.has_exchanges():
+        ours = [
+            System(
+                f"ours-{exchange}",
+                f"this project: {what}",
+                "jax",
+                {"form": "ours", "exchange": exchange},
+                several_devices=exchange != "ring",
+            )
+            for exchange, what in {
+                "ring": "one tour of the ring",
+                "bidirectional": "half the texts each way round",
+                "gather": "all texts gathered, tile by tile",
+            }.items()
+        ]
+    naive = [
+        System("naive-xla", "JAX: the definition, sharded by XLA", "jax", {"form": "xla-full"}),
+        System(
+            "naive-gather",
+            "JAX: texts gathered, differentiated by autodiff",
+            "jax",
+            {"form": "all-gather"},
+            several_devices=True,
+        ),
+        System(
+            "naive-ring",
+            "JAX: a ring in a scan, differentiated by autodiff",
+            "jax",
+            {"form": "ring-autodiff"},
+            several_devices=True,
+        ),
+    ]
+    open_clip = [
+        System(
+            f"open_clip-{dist_impl}",
+            f"open_clip's SigLipLoss, {dist_impl}{' (its default)' * (dist_impl == 'bidir')}",
+            "torch",
+            {"peer": "open_clip", "dist_impl": dist_impl},
+            several_devices=dist_impl != "bidir",
+        )
+        for dist_impl in ("bidir", "shift", "gather", "reduce")
+    ]
+    chunked = System(
+        "open_clip-chunked",
+        "open_clip's SigLipLoss, bidir, chunk_size=128",
+        "torch",
+        {"peer": "open_clip", "dist_impl": "bidir", "chunk_size": 128},
+    )
+    kernels = [
+        System(peer + name, what, "torch", {"peer": peer, **options}, gpu_only=True)
+        for peer, name, what, options in (
+            ("siglip-kernel", "", "siglip-kernel, its default", {}),
+            ("siglip-kernel", "-small", "siglip-kernel, chunk_size=1024", {"chunk_size": 1024}),
+            ("siglip-kernel", "-eager", "siglip-kernel's eager form", {"backend": "reference"}),
+            ("inf-cl", "", "Inf-CL: the softmax loss, both directions", {}),
+        )
+    ]
+    matmuls = System("matmuls", "three bare matmuls of the same shapes", "jax", {"form": "matmuls"})
+    return [*ours, *naive, *open_clip, chunked, *kernels, matmuls]
+
+
+def choose(names: str, platform: str) -> list[System]:
+    """Those that `names` lists, comma-separated: a name, or the part of names before a "-".
+
+    "" are all, less the bare matmuls off accelerators, where they say nothing of a limit.
+    """
+    systems = every()
+    if not names:
+        return [s for s in systems if platform != "cpu" or s.name != "matmuls"]
+    chosen: list[System] = []
+    for name in names.split(","):
+        found = [s for s in systems if s.name == name or s.name.startswith(f"{name}-")]
+        if not found:
+            known = ", ".join(s.name for s in systems)
+            raise Mistake(f"--systems: no system {name!r}; there are {known}")
+        chosen += [s for s in found if s not in chosen]
+    return [s for s in systems if s in chosen]
+
+
+def probe_peers(peer_python: str) -> dict[str, Any]:
+    """What `loss_torch.probe` finds in the environment of that interpreter.
+
+    Raises:
+      Mistake: the interpreter does not run.
+    """
+    try:
+        told = subprocess.run(
+            [peer_python, "-m", "benchmarks.loss_torch_worker", "--probe"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Mistake(f"--peer_python {peer_python} does not run: {error}") from None
+    if told.returncode:
+        last = (told.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise Mistake(f"--peer_python {peer_python}: {last}")
+    return json.loads(told.stdout.strip().splitlines()[-1])
+
+
+def why_not(system: System, case: Case, platform: str, peers: dict[str, Any]) -> str:
+    """Why this system cannot run this case here, in one line; "" where it can."""
+    if system.several_devices and case.devices == 1:
+        return "on one device the same as another row"
+    if system.worker == "jax":
+        return ""
+    peer = system.options["peer"]
+    if system.gpu_only and platform != "gpu":
+        return f"{peer} needs an NVIDIA GPU, none is here"
+    if platform not in ("cpu", "gpu"):
+        return f"PyTorch has no {platform}"
+    for name in ("torch", peer):
+        if name not in peers["versions"]:
+            package = {"torch": "torch", **loss_torch.PACKAGES}[name]
+            return f"{package} is not installed (requirements-peers.txt, --peer_python)"
+    if platform == "gpu" and peers["gpus"] < case.devices:
+        return f"its PyTorch sees {peers['gpus']} GPUs, {case.devices} are needed"
+    if "backend" in system.options and case.devices > 1:
+        return "for one GPU only"
+    if "chunk_size" in system.options and peer == "open_clip" and not peers["open_clip_chunks"]:
+        return f"SigLipLoss of open_clip {peers['versions'][peer]} has no chunk_size"
+    return ""
+
+
+def default_peer_python() -> str:
+    return os.environ.get("SIGLIP_PEER_PYTHON") or sys.executable
+
+
+def names(systems: Iterable[System]) -> str:
+    return ", ".join(system.name for system in systems)
