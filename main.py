@@ -128,8 +128,8 @@ def checked(flags: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     """The config, which fits the workdir, and the other processes; UserError before any work."""
     import jax
 
+    from trainers import compilation, distributed
     from trainers import config as configs
-    from trainers import distributed
     from trainers.config import UserError
 
     overrides, rest = configs.split_overrides(rest)
@@ -150,10 +150,10 @@ def checked(flags: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     )
     if config.mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-        # Emulated devices share the cores: on a busy machine one may be late by more than the 40 s
-        # after which XLA gives a collective up and aborts.
-        patience = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-        os.environ["XLA_FLAGS"] = f"{patience} {os.environ.get('XLA_FLAGS', '')}".strip()
+    compilation.set_flags(
+        os.environ, cpu_devices=config.mesh.cpu_devices, nvidia=compilation.NVIDIA.exists()
+    )
+    compilation.keep_programs(os.environ)
     return config, decision
 
 

@@ -6,9 +6,12 @@ AdamW is given fused=True, which open_clip does not set and which is faster. Of 
 imports what needs the standard library alone. `loss_worker` has the protocol.
 """
 
+# pyright: reportMissingImports=false
+
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import os
@@ -150,7 +153,7 @@ class OpenClip:
                 marks.append(time.monotonic())
 
             self._step(mark)
-            seconds.append([b - a for a, b in zip(marks, marks[1:])])
+            seconds.append([b - a for a, b in itertools.pairwise(marks)])
         return {name: sorted(column)[repeats // 2] for name, column in zip(PARTS, zip(*seconds))}
 
     def _autocast(self):

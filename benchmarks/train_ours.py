@@ -126,7 +126,7 @@ class Ours:
 
         from input_pipeline.device import to_device
 
-        def embed(params, batch):
+        def embed(params, batch) -> Any:
             rngs = {"dropout": jax.random.key(0)}
             return self.model.apply(
                 {"params": params}, batch["image"], batch["text"], train=True, rngs=rngs
@@ -141,19 +141,17 @@ class Ours:
 
         clock = functools.partial(_seconds, block=jax.block_until_ready)
         batch = to_device(self.host, self.mesh)
-        params = self.state.params
         forward = jax.jit(embed)
-        zimg, ztxt, out = forward(params, batch)
+        zimg, ztxt, out = forward(self.state.params, batch)
         learned = (0, 1, 2) if out["b"] is None else (0, 1, 2, 3)
         loss_grads = jax.jit(jax.value_and_grad(loss, learned))
         all_grads = jax.jit(jax.value_and_grad(whole))
         seconds = {
             "transfer": clock(lambda: to_device(self.host, self.mesh)),
-            "forward": clock(lambda: forward(params, batch)),
+            "forward": clock(lambda: forward(self.state.params, batch)),
             "loss": clock(lambda: loss_grads(zimg, ztxt, out["t"], out["b"], batch["mask"])),
         }
-        gradients = clock(lambda: all_grads(params, batch))
-        del params  # the steps donate them
+        gradients = clock(lambda: all_grads(self.state.params, batch))
         step = clock(lambda: self._steps(1))
         seconds["backward"] = max(0.0, gradients - seconds["forward"] - seconds["loss"])
         seconds["update"] = max(0.0, step - gradients - seconds["transfer"])

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from siglip import exchange as exchanges
 from siglip import pairs as pair_rules
-from siglip.blocks import Call, Here, Tile, Want, loss_over_mesh, matmul
+from siglip.blocks import Call, Here, Tile, Want, loss_over_mesh, matmul, transposed_matmul
 from siglip.losses import Loss
 from siglip.negatives import kept, least_kept
 from siglip.pairs import Pairs
@@ -177,7 +177,7 @@ def _sigmoid(here: Here, y, want: Want):
         sums = (nll_sum + nll.sum(), gs_sum + (g * pairs.s).sum(), g_sum + g.sum())
         g = g.astype(call.dtype)
         dx = dx + matmul(g, pairs.y) if want.stay else dx
-        return (sums, dx), (matmul(g.T, here.x) if want.go else None)
+        return (sums, dx), (transposed_matmul(call, g, here.x) if want.go else None)
 
     zero = call.zeros(())
     carry = ((zero,) * 3, call.zeros((n, d)) if want.stay else None)
@@ -229,7 +229,7 @@ def _softmax(here: Here, y, want: Want):
         gs_sum = gs_sum + (g * pairs.s).sum()
         g = g.astype(call.dtype)
         dx = dx + matmul(g, pairs.y) if want.stay else dx
-        return (gs_sum, dx), (matmul(g.T, here.x) if want.go else None)
+        return (gs_sum, dx), (transposed_matmul(call, g, here.x) if want.go else None)
 
     dx = dy = None
     gs_sum = call.zeros(())

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
@@ -104,9 +105,14 @@ def make_evaluators(setup: Setup) -> dict[str, Any]:
 def describe_loss(setup: Setup) -> str:
     """The loss in a line: its settings, and the exchange with the estimates it was chosen by."""
     config, mesh = setup.config, setup.mesh
-    settings = ", ".join(f"{k} {v}" for k, v in without(config.loss, "name").items() if v)
+    known = inspect.signature(siglip.LOSSES[config.loss.name]).parameters
+    told = "".join(
+        f", {key} {value}"
+        for key, value in without(config.loss, "name").items()
+        if value != known[key].default
+    )
     if config.loss.get("exchange") != "auto":
-        return f"{config.loss.name}; {settings}" if settings else config.loss.name
+        return config.loss.name + told
     choice = exchange.choose(
         mesh,
         n=config.input.batch_size // mesh.size,
@@ -114,7 +120,7 @@ def describe_loss(setup: Setup) -> str:
         devices=mesh.size,
         itemsize=2 if config.loss.dtype == "bfloat16" else 4,
     )
-    return f"{config.loss.name}; {settings}: {choice.name} ({choice.why})"
+    return f"{config.loss.name}{told}, exchange {choice.name} ({choice.why})"
 
 
 LEAST = {

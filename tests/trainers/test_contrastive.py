@@ -116,20 +116,19 @@ def test_frozen_parameters_stay_and_their_tower_has_no_backward_pass(batch):
     assert np.any(state.params["txt"]["head"]["kernel"] != before["txt"]["head"]["kernel"])
 
 
-def test_a_frozen_tower_saves_a_matmul_and_all_accumulators_of_the_loss(batch):
-    # Neither of the sides says so: the loss sees that no derivative is asked for.
+def test_a_frozen_tower_moves_no_accumulator(batch):
+    # Nobody says so: the loss sees that no derivative is asked for.
     def permutes(frozen, microbatch=0):
         mesh = make_mesh()
         loss_fn = ring.make_sigmoid_loss(mesh, exchange="ring", unroll=8)
-        it = make(mesh, loss_fn, frozen, log_every=1, microbatch=microbatch)
-        text = it.update.lower(it.state, it.tally, to_device(batch, mesh)).as_text()
-        return len(re.findall("collective_permute", text))
+        it = make(mesh, loss_fn, lambda name: name.startswith(frozen), microbatch=microbatch)
+        program = it.update.lower(it.state, it.tally, to_device(batch, mesh)).compile().as_text()
+        return len(re.findall(r"= \S+ collective-permute(?:-start)?\(", program))
 
-    # Texts and their mask make D - 1 hops, accumulators D; the logit statistics have 2 in a loop.
-    assert permutes(lambda name: False) == 2 * 7 + 8 + 2
-    for tower in ("img/", "txt/"):
-        for microbatch in (0, 8):
-            assert permutes(lambda name, t=tower: name.startswith(t), microbatch) == 2 * 7 + 2
+    # Embeddings and mask make D - 1 hops each, accumulators D; logit statistics have 2 in a loop.
+    assert permutes("nothing") == 2 * 7 + 8 + 2
+    assert permutes("img/") == 2 * 7 + 2
+    assert permutes("txt/", microbatch=8) == 2 * 7 + 2
 
 
 def test_t_and_b_can_be_fixed(batch):
@@ -139,9 +138,8 @@ def test_t_and_b_can_be_fixed(batch):
     assert state.params["t"] == np.float32(np.log(10)) and state.params["b"] == -10
 
 
-@pytest.mark.parametrize("frozen", ["nothing", "img/"])
-@pytest.mark.parametrize("fsdp, microbatch", [(1, 8), (2, 8)])
-def test_microbatches_give_the_same_loss_gradient_and_update(batch, frozen, fsdp, microbatch):
+@pytest.mark.parametrize("frozen, fsdp", [("nothing", 1), ("img/", 2)])
+def test_microbatches_give_the_same_loss_gradient_and_update(batch, frozen, fsdp, microbatch=8):
     mesh = make_mesh(fsdp=fsdp)
     options = dict(drop_patches=0.5, frozen=lambda name: name.startswith(frozen))
     got, _, metrics = run(make(mesh, microbatch=microbatch, **options), batch, batch)
