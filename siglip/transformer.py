@@ -76,7 +76,16 @@ class MlpBlock(nn.Module):
 def _dot_product_attention(query, key, value, **unused):
     # No mask, no dropout: padding is attended to in SigLIP.
     del unused
-    return jax.nn.dot_product_attention(query, key, value)
+    implementation = "cudnn" if jax.default_backend() == "gpu" and _fits_cudnn(query, key) else None
+    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+
+
+def _fits_cudnn(query: Float[Array, "n l h d"], key: Float[Array, "n m h d"]) -> bool:
+    """Whether cuDNN's fused attention takes these shapes, forward and backward, on any GPU that has
+    it. Not the one query of a pooling head, nor float32: those are XLA's."""
+    lengths, head_dim = (query.shape[1], key.shape[1]), query.shape[3]
+    sizes = all(n % 2 == 0 for n in lengths) and head_dim % 8 == 0 and head_dim <= 128
+    return sizes and query.dtype == jnp.bfloat16
 
 
 def attention(num_heads: int, dtype) -> nn.Module:
