@@ -144,7 +144,7 @@ KINDS = {
 }
 UNKNOWN = (300e12, 50e9, 2e-5, False)
 BETWEEN_HOSTS = (50e9, 5e-5)  # GPUs in several hosts: 400 Gb/s each
-GATHER_BYTES = 2**30  # what `gather` may hold on a device
+GATHER_BYTES = 2**28  # what `gather` may hold on a device
 
 
 @dataclasses.dataclass(frozen=True)
