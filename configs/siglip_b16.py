@@ -36,7 +36,7 @@ def get_config(
             "dtype": "bfloat16",
         }
     )
-    config.loss = ConfigDict({"name": "sigmoid"})
+    config.loss = ConfigDict({"name": "sigmoid", "dtype": "bfloat16"})
     config.input = ConfigDict(
         {
             "batch_size": batch_size,
@@ -104,7 +104,7 @@ def shrink(config: ConfigDict) -> None:
     config.input.res = 32
     config.model.img.variant = "mu/16"
     config.model.txt.variant = "mu"
-    config.model.dtype = "float32"
+    config.model.dtype = config.loss.dtype = "float32"
     config.schedule.warmup = "2 steps"
     config.checkpoint.every = "3 steps"
     for block in config.evals.values():

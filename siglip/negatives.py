@@ -44,7 +44,7 @@ def kept(here: Here, pairs: Tile, least):
     """Which pairs of a tile count, the selection of negatives included; None for all."""
     if least is None:
         return pairs.counted
-    keep = here.call.pairs.key(pairs.s, pairs.img, pairs.txt, here.seed) >= least[:, None]
+    keep = here.call.pairs.key(pairs.s, pairs.img, pairs.txt, here.seed) >= least[None, :]
     keep = keep if pairs.positive is None else keep | pairs.positive
     return keep if pairs.counted is None else keep & pairs.counted
 
@@ -57,11 +57,11 @@ def digit_bounds(least: UInt32[Array, " r"], digit: int | Array) -> UInt32[Array
 
 
 def count_reaching(
-    keys: UInt32[Array, "r c"], wanted: Bool[Array, "r c"], bounds: UInt32[Array, "r 15"]
+    keys: UInt32[Array, "c r"], wanted: Bool[Array, "c r"], bounds: UInt32[Array, "r 15"]
 ) -> Int[Array, "r 15"]:
-    """How many of the wanted keys of a row reach each of its bounds."""
-    reaching = (keys[:, :, None] >= bounds[:, None, :]) & wanted[:, :, None]
-    return jnp.sum(reaching, axis=1, dtype=jnp.int32)
+    """How many of the wanted keys of a column reach each of its bounds."""
+    reaching = (keys[:, :, None] >= bounds[None]) & wanted[:, :, None]
+    return jnp.sum(reaching, axis=0, dtype=jnp.int32)
 
 
 def next_least(

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from siglip import exchange as exchanges
 from siglip import pairs as pair_rules
-from siglip.blocks import Call, Here, Tile, Want, loss_over_mesh, matmul, transposed_matmul
+from siglip.blocks import Call, Here, Tile, Want, loss_over_mesh, matmul
 from siglip.losses import Loss
 from siglip.negatives import kept, least_kept
 from siglip.pairs import Pairs
@@ -176,8 +176,8 @@ def _sigmoid(here: Here, y, want: Want):
             return ((nll_sum + nll.sum(), gs_sum, g_sum), dx), None
         sums = (nll_sum + nll.sum(), gs_sum + (g * pairs.s).sum(), g_sum + g.sum())
         g = g.astype(call.dtype)
-        dx = dx + matmul(g, pairs.y) if want.stay else dx
-        return (sums, dx), (transposed_matmul(call, g, here.x) if want.go else None)
+        dx = dx + call.transposed_matmul(g, pairs.y) if want.stay else dx
+        return (sums, dx), (matmul(g, here.x) if want.go else None)
 
     zero = call.zeros(())
     carry = ((zero,) * 3, call.zeros((n, d)) if want.stay else None)
@@ -210,7 +210,7 @@ def _softmax(here: Here, y, want: Want):
 
     def log_sums(row, pairs: Tile):
         stay, go = logits_less(pairs, "own")
-        return jnp.logaddexp(row, jax.nn.logsumexp(stay, axis=1)), jax.nn.logsumexp(go, axis=0)
+        return jnp.logaddexp(row, jax.nn.logsumexp(stay, axis=0)), jax.nn.logsumexp(go, axis=1)
 
     nothing = functools.partial(call.zeros, fill=-jnp.inf)
     row, column = here.tour(
@@ -228,8 +228,8 @@ def _softmax(here: Here, y, want: Want):
             g = jnp.where(wanted, g - 2, g)
         gs_sum = gs_sum + (g * pairs.s).sum()
         g = g.astype(call.dtype)
-        dx = dx + matmul(g, pairs.y) if want.stay else dx
-        return (gs_sum, dx), (transposed_matmul(call, g, here.x) if want.go else None)
+        dx = dx + call.transposed_matmul(g, pairs.y) if want.stay else dx
+        return (gs_sum, dx), (matmul(g, here.x) if want.go else None)
 
     dx = dy = None
     gs_sum = call.zeros(())

@@ -117,8 +117,9 @@ def test_the_reference_run_is_that_of_the_paper():
 def test_the_baseline_differs_in_the_loss_alone():
     assert differences("clip_b16") == {
         "loss.name": ("sigmoid", "softmax"),
-        "loss.tile": (0, None),  # of the ring, which the softmax has none of
-        "loss.unroll": (1, None),
+        "loss.negatives": ("all", None),  # of the sigmoid alone
+        "loss.ratio": (0, None),
+        "loss.relative_bias": (False, None),
         "model.b_init": (-10.0, None),
     }
 
