@@ -106,7 +106,7 @@ def test_softmax_ring_equals_definition_with_all_gradients(exchange, shape):
         lambda *a: ring.softmax_loss(*a, mask, mesh=mesh, exchange=exchange, tile=7),
         lambda *a: losses.softmax_loss(*a, mask),
         inputs(n, 128, 117.0, 0.0),
-        3e-6,
+        1e-5,  # dt is a small difference of large sums
     )
 
 
