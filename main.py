@@ -153,7 +153,8 @@ def checked(flags: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     compilation.set_flags(
         os.environ, cpu_devices=config.mesh.cpu_devices, nvidia=compilation.NVIDIA.exists()
     )
-    compilation.keep_programs(os.environ)
+    if not decision.join:  # else all would have to find the same programs, or none
+        compilation.keep_programs(os.environ)
     return config, decision
 
 

@@ -51,7 +51,7 @@ def train_batches(
     Yields:
       image uint8 [n, res, res, 3], text int32 [n, token_len], mask bool [n] (False: the image did
       not decode), position int64 [n] (global position in the stream of all epochs), index int32
-      [n] (place in the source).
+      [n] (place in the source, modulo 2**31).
 
     Raises:
       ValueError: processes do not divide the batch, or there are no examples.
@@ -67,7 +67,7 @@ def train_batches(
         rng = np.random.default_rng((seed, position))
         index = order[position]
         made = preprocess.example(source[index], rng)
-        return {**made, "position": np.int64(position), "index": np.int32(index)}
+        return {**made, "position": np.int64(position), "index": np.int32(index % 2**31)}
 
     return Batches(positions, row, start_step, num_threads, prefetch)
 

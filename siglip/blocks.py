@@ -129,7 +129,7 @@ def _over_mesh(local: Callable, call: Call, wanted, zimg, ztxt, t, b, rows, seed
         mesh=call.mesh,
         in_specs=(by_row, by_row, scalar, scalar, by_row, scalar),
         out_specs=(scalar, grads_specs),
-    )(zimg, ztxt, t, b, rows, jnp.asarray(seed))
+    )(zimg, ztxt, t, b, rows, seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +191,9 @@ class Here:
         txt, img = (img, txt) if self.swap else (txt, img)
         positive, counted = self.call.pairs.label(img, txt, diagonal)
         s = None if y is None else self.call.cosines(y, self.x)
+        if s is not None and self.call.pairs.negatives != "all":
+            # Ranked in one loop, kept in another: nothing may be fused into either's matmul.
+            s = lax.optimization_barrier(s)
         return Tile(s, y, positive, counted, img, txt)
 
     def count(self) -> Array:

@@ -60,8 +60,12 @@ def count_reaching(
     keys: UInt32[Array, "c r"], wanted: Bool[Array, "c r"], bounds: UInt32[Array, "r 15"]
 ) -> Int[Array, "r 15"]:
     """How many of the wanted keys of a column reach each of its bounds."""
-    reaching = (keys[:, :, None] >= bounds[None]) & wanted[:, :, None]
-    return jnp.sum(reaching, axis=0, dtype=jnp.int32)
+    # One at a time: no array of 15 times the size of a tile.
+    columns = [
+        jnp.sum((keys >= bounds[None, :, i]) & wanted, axis=0, dtype=jnp.int32)
+        for i in range(bounds.shape[1])
+    ]
+    return jnp.stack(columns, axis=1)
 
 
 def next_least(

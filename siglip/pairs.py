@@ -82,9 +82,10 @@ class Pairs:
         """Orders negatives: those with the greatest keys are kept. `s` are cosines."""
         if self.negatives == "random":
             return pair_hash(seed, img["index"], txt["index"])
-        # Negated for easy ones; + 0 turns -0 into 0. Unsigned order of the bits is then that of
-        # the numbers, once the sign bit is flipped, and all bits of negative ones.
-        bits = lax.bitcast_convert_type((-s if self.negatives == "easy" else s) + 0.0, jnp.uint32)
+        # Negated for easy ones, and -0 is 0. Unsigned order of the bits is then that of the
+        # numbers, once the sign bit is flipped, and all bits of negative ones.
+        s = jnp.where(s == 0, 0.0, -s if self.negatives == "easy" else s)
+        bits = lax.bitcast_convert_type(s, jnp.uint32)
         sign = jnp.uint32(2**31)
         return jnp.where(bits >= sign, ~bits, bits | sign)
 
@@ -132,7 +133,8 @@ def pair_hash(seed, i: Int[Array, "..."], j: Int[Array, "..."]) -> UInt32[Array,
 
 
 def ids(text: Int[Array, "n l"], index: Int[Array, " n"] | None = None) -> Int[Array, "n k"]:
-    """Of a batch: equal captions are duplicates, and so is an example that is in it twice."""
+    """Of a batch: equal captions (empty ones too) are duplicates, and so is an example that is in
+    it twice."""
     columns = [row_hash(text)] + ([] if index is None else [index])
     return jnp.stack(columns, axis=1)
 
@@ -158,7 +160,8 @@ def log_odds(batch_size: int, ratio: int = 0) -> float:
 
     p = 1 / N over all pairs of a batch; 1 / (1 + ratio) where an image keeps `ratio` negatives.
     """
-    return -math.log(max(ratio or batch_size - 1, 1))
+    negatives = max(batch_size - 1, 1)
+    return -math.log(min(ratio, negatives) if ratio else negatives)
 
 
 def check_ids(pairs: Pairs, ids: jax.Array | None) -> None:

@@ -119,9 +119,9 @@ def sigmoid_loss(
     b = jnp.asarray(0.0 if b is None else b)
     b = -t * b if relative_bias else b
     call = _plan(zimg, ztxt, mesh, axes, exchange, dtype, tile, unroll, pairs, ids)
-    return loss_over_mesh(
-        _sigmoid, call, zimg, ztxt, jnp.asarray(t), b, _rows(call, mask, ids), seed
-    )
+    seed = jnp.uint32(seed % 2**32) if isinstance(seed, int) else seed
+    rows = _rows(call, mask, ids)
+    return loss_over_mesh(_sigmoid, call, zimg, ztxt, jnp.asarray(t), b, rows, seed)
 
 
 def softmax_loss(
@@ -149,7 +149,8 @@ def softmax_loss(
     _softmax_pairs(pairs)
     call = _plan(zimg, ztxt, mesh, axes, exchange, dtype, tile, unroll, pairs, ids)
     rows = _rows(call, mask, ids)
-    return loss_over_mesh(_softmax, call, zimg, ztxt, jnp.asarray(t), jnp.float32(0), rows, 0)
+    zero = jnp.float32(0)
+    return loss_over_mesh(_softmax, call, zimg, ztxt, jnp.asarray(t), zero, rows, jnp.uint32(0))
 
 
 # The losses, as one device sees them
@@ -203,6 +204,8 @@ def _softmax(here: Here, y, want: Want):
     def logits_less(pairs: Tile, *names: str):
         """Of the direction whose queries stay, and of that whose queries travel."""
         logits = here.t * pairs.s
+        if pairs.positive is not None:  # the very number that is taken off: its softmax can be 1
+            logits = jnp.where(pairs.positive, pairs.txt["own"], logits)
         if pairs.counted is not None:
             logits = jnp.where(pairs.counted, logits, -jnp.inf)
         stay, go = (pairs.txt, pairs.img) if here.swap else (pairs.img, pairs.txt)
@@ -255,6 +258,8 @@ def _softmax(here: Here, y, want: Want):
 
 def _plan(zimg, ztxt, mesh, axes, exchange, dtype, tile, unroll, pairs, ids) -> Call:
     axes = tuple(axes) or tuple(mesh.axis_names)
+    if missing := [axis for axis in axes if axis not in mesh.shape]:
+        raise ValueError(f"the mesh has the axes {', '.join(mesh.shape)}, not {missing[0]!r}")
     devices = math.prod(mesh.shape[axis] for axis in axes)
     dtype = jnp.dtype(zimg.dtype if dtype is None else dtype)
     _check_options(exchange, dtype.name, tile, unroll)

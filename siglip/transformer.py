@@ -76,13 +76,20 @@ class MlpBlock(nn.Module):
 def _dot_product_attention(query, key, value, **unused):
     # No mask, no dropout: padding is attended to in SigLIP.
     del unused
-    implementation = "cudnn" if jax.default_backend() == "gpu" and _fits_cudnn(query, key) else None
+    implementation = "cudnn" if _has_cudnn() and _fits_cudnn(query, key) else None
     return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
 
 
+def _has_cudnn() -> bool:
+    """Whether this is an NVIDIA GPU of the Ampere generation or newer."""
+    device = jax.local_devices()[0]
+    kind, capability = device.device_kind, getattr(device, "compute_capability", None)
+    return kind.startswith("NVIDIA") and capability is not None and float(capability) >= 8.0
+
+
 def _fits_cudnn(query: Float[Array, "n l h d"], key: Float[Array, "n m h d"]) -> bool:
-    """Whether cuDNN's fused attention takes these shapes, forward and backward, on any GPU that has
-    it. Not the one query of a pooling head, nor float32: those are XLA's."""
+    """Whether cuDNN's fused attention takes these shapes, forward and backward. Not the one query
+    of a pooling head, nor float32: those are XLA's."""
     lengths, head_dim = (query.shape[1], key.shape[1]), query.shape[3]
     sizes = all(n % 2 == 0 for n in lengths) and head_dim % 8 == 0 and head_dim <= 128
     return sizes and query.dtype == jnp.bfloat16

@@ -13,6 +13,7 @@ import jax
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 # NVIDIA: sends of the ring start before the matmuls that hide them, and end after.
 OVERLAP = "--xla_gpu_enable_latency_hiding_scheduler=true"
+LARGEST = 2 * 2**30  # bytes of kept programs; those not used for longest go first
 NVIDIA = pathlib.Path("/proc/driver/nvidia/version")
 
 
@@ -33,15 +34,19 @@ def keep_programs(environ: MutableMapping[str, str]) -> pathlib.Path | None:
     if "JAX_COMPILATION_CACHE_DIR" in environ:
         return None  # JAX has read it
     try:
-        home = environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        folder = pathlib.Path(home) / "siglip-jax" / _processor()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder.chmod(0o700)
-        if stat.S_IMODE(folder.stat().st_mode) != 0o700 or not os.access(folder, os.W_OK):
-            return None
+        home = pathlib.Path(environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        home.mkdir(parents=True, exist_ok=True)
+        folder = home / "siglip-jax" / _processor()
+        for private in (folder.parent, folder):
+            private.mkdir(exist_ok=True, mode=0o700)
+            private.chmod(0o700)
+            found = private.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                return None
     except (OSError, RuntimeError):  # no home, a read-only one, somebody else's folder
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", LARGEST)
     return folder
 
 

@@ -99,14 +99,16 @@ def make_update(
     """
 
     everywhere = replicated(mesh)
-    loss_and_grads = _whole if microbatch in (0, None) else _in_microbatches(microbatch, mesh)
+    loss_and_grads = _in_microbatches(microbatch, mesh) if microbatch else _whole
     towers = Towers(model, frozen, mesh)
 
     def loss_of(batch: Batch, step):
         """loss(zimg, ztxt, t, b) of this batch, with what else the loss wants to know of it."""
         known = {
             "ids": lambda: pairs.ids(batch["text"], batch.get("index")),
-            "seed": lambda: jnp.uint32(seed) * jnp.uint32(0x9E3779B1) + step.astype(jnp.uint32),
+            "seed": lambda: (
+                jnp.uint32(seed % 2**32) * jnp.uint32(0x9E3779B1) + step.astype(jnp.uint32)
+            ),
         }
         asked = inspect.signature(loss_fn).parameters
         extras = {name: value() for name, value in known.items() if name in asked}

@@ -129,7 +129,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
             jax.tree.map(lambda x: x.sharding, abstract),
             seed=config.seed,
             log_every=config.log_every,
-            microbatch=config.input.microbatch,
+            microbatch=config.input.microbatch % config.input.batch_size,  # all at once: 0
         )
         batches = loader.train_batches(
             source,

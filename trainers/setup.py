@@ -59,8 +59,7 @@ def make_setup(config: Any) -> Setup:
             f"{tokenizer.vocab_size} ids; leave it unset to take the tokenizer's"
         )
     blocks["txt"]["vocab_size"] = vocab_size
-    if blocks["b_init"] == "auto":
-        blocks["b_init"] = prior_bias(config)
+    blocks["b_init"] = initial_bias(config)
     with mistakes_of("model"):
         model = make_model(**blocks)
     with mistakes_of("loss"):
@@ -80,11 +79,20 @@ INPUT_KEYS = (
 )
 
 
-def prior_bias(config: Any) -> float:
-    """The bias at which the sigmoid is the share of positives among the pairs of a batch."""
+def initial_bias(config: Any) -> float | None:
+    """config.model.b_init, where 'auto' is the bias at which the sigmoid is the share of positives
+    among the pairs of a batch."""
+    b_init, t_init = config.model.b_init, config.model.t_init
+    relative = config.loss.get("relative_bias")  # logits t (x.y - b): the bias is a cosine
+    if relative and not (b_init == "auto" or (b_init is not None and abs(b_init) <= 1)):
+        raise UserError(
+            "config.loss.relative_bias makes the bias a cosine, which "
+            f"config.model.b_init={b_init} is not; set config.model.b_init=auto"
+        )
+    if b_init != "auto":
+        return b_init
     bias = log_odds(config.input.batch_size, config.loss.get("ratio", 0))
-    # In the form t (x.y - b) the bias is a cosine.
-    return -bias / config.model.t_init if config.loss.get("relative_bias") else bias
+    return -bias / t_init if relative and t_init else bias
 
 
 def make_evaluators(setup: Setup) -> dict[str, Any]:

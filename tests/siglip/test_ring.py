@@ -140,7 +140,7 @@ OPTIONS = [
 @pytest.mark.parametrize(
     "pairs, exchange",
     [(pairs, "ring") for pairs in OPTIONS]
-    + [(pairs, e) for pairs in OPTIONS[4::2] for e in ("bidirectional", "gather")],
+    + [(OPTIONS[i], e) for i in (1, 2, 4, 6) for e in ("bidirectional", "gather")],
     ids=str,
 )
 def test_options_of_pairs_equal_their_definition(pairs, exchange):
@@ -182,6 +182,20 @@ def test_random_negatives_are_uniform_and_differ_by_seed():
     share = (z == -1).mean(axis=0)[~np.eye(64, dtype=bool)]
     # 200 draws of probability 16/63: five standard deviations
     assert abs(share - 16 / 63).max() < 5 * np.sqrt(16 / 63 * 47 / 63 / 200)
+
+
+def test_the_softmax_of_well_separated_pairs_is_one_to_the_last_digit():
+    zimg, ztxt, t, b = inputs(64, 512, 117.0, 0.0, scale=10)
+    for devices in (1, 4):
+        loss = functools.partial(ring.softmax_loss, mesh=mesh_of(devices), tile=16)
+        value, grads = jax.value_and_grad(loss, argnums=(0, 1, 2))(zimg, ztxt, t, b)
+        assert 0 <= value < 1e-7
+        assert max(float(jnp.linalg.norm(g)) for g in grads) < 1e-7
+
+
+def test_a_zero_has_one_key_whatever_its_sign():
+    keys = jax.jit(lambda s: Pairs("easy", 1).key(s, {}, {}, 0))(jnp.float32([0.0, -0.0, 1e-9]))
+    assert keys[0] == keys[1] > keys[2]
 
 
 def test_softmax_ignores_duplicates_as_its_definition_does():
@@ -314,7 +328,7 @@ def test_selection_of_negatives_keeps_memory_bounded(negatives):
     pairs = Pairs(negatives, 16)
     temp = {k: temporary(k, n, d, pairs=pairs, tile=64) for k in (4, 8)}
     assert temp[8] == pytest.approx(temp[4], rel=0.01)
-    assert temp[8] < 2.5 * temporary(8, n, d, tile=64)
+    assert temp[8] < 2 * temporary(8, n, d, tile=64)
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
@@ -389,12 +403,12 @@ def test_auto_takes_the_exchange_with_the_least_estimate_and_logs_it(caplog):
     assert "exchange gather (cpu, n=8, d=4, D=8: ring" in caplog.text
 
 
-@pytest.mark.parametrize("n, expected", [(256, "gather"), (16_384, "bidirectional")])
+@pytest.mark.parametrize("n, expected", [(256, "gather"), (4096, "bidirectional"), (2**14, "ring")])
 def test_a_torus_takes_both_ways_unless_blocks_are_small(n, expected, monkeypatch):
     device = types.SimpleNamespace(device_kind="TPU v4", platform="tpu", process_index=0)
     mesh = types.SimpleNamespace(devices=np.array([device] * 64))
     choice = choose(mesh, n=n, d=768, devices=64, itemsize=2)  # type: ignore
-    assert choice.name == expected or choice.seconds["ring"] == choice.seconds[expected]
+    assert choice.name == expected  # sends that compute hides anyway are not worth halving
 
 
 @pytest.mark.parametrize(
@@ -421,6 +435,8 @@ def test_mistakes_are_named():
         ring.sigmoid_loss(zimg, ztxt, t, b, mesh=mesh_of(8))
     with pytest.raises(ValueError, match="must be two arrays"):
         ring.sigmoid_loss(zimg, ztxt[:4], t, b, mesh=mesh_of(2))
+    with pytest.raises(ValueError, match="axes data, not 'model'"):
+        ring.sigmoid_loss(zimg, ztxt, t, b, mesh=mesh_of(2), axes=("model",))
     with pytest.raises(ValueError, match="needs ids"):
         ring.make_sigmoid_loss(mesh_of(2), duplicates="ignore")(zimg, ztxt, t, b)
     with pytest.raises(ValueError, match="the softmax loss takes duplicates"):

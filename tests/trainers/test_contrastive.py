@@ -29,9 +29,16 @@ def batch() -> dict[str, np.ndarray]:
 
 
 def make(
-    mesh, loss_fn=None, frozen=lambda name: False, log_every=1, drop_patches=0.0, microbatch=0
+    mesh,
+    loss_fn=None,
+    frozen=lambda name: False,
+    log_every=1,
+    drop_patches=0.0,
+    microbatch=0,
+    b_init=-10.0,
 ):
     model = make_model(
+        b_init=b_init,
         img=dict(variant="mu/8", drop_patches=drop_patches, **SIZES),
         txt=dict(variant="mu", vocab_size=600, **SIZES),  # a table large enough to be split
     )
@@ -148,6 +155,18 @@ def test_microbatches_give_the_same_loss_gradient_and_update(batch, frozen, fsdp
     assert_close(got.opt_state, want.opt_state, rtol=1e-4, atol=1e-6)
     for name in ("loss", "grad_norm", "neg_logit_max"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_microbatches_of_the_softmax_with_a_bad_row_and_a_fixed_temperature(batch):
+    mesh = make_mesh()
+    batch = {**batch, "mask": np.arange(16) != 3}
+    options = dict(b_init=None, frozen=lambda name: name == "t")
+    (got, _, metrics), (want, _, expected) = (
+        run(make(mesh, ring.make_softmax_loss(mesh), microbatch=m, **options), batch)
+        for m in (8, 0)
+    )
+    assert_close(got.params, want.params, rtol=1e-5, atol=1e-6)
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
 def test_activations_in_memory_are_those_of_one_microbatch(batch):

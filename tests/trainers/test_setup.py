@@ -1,0 +1,65 @@
+"""What a config turns into, and values that do not fit each other."""
+
+import math
+import pathlib
+
+import pytest
+
+from input_pipeline.errors import UserError
+from siglip.sharding import make_mesh
+from trainers import config as configs
+from trainers import setup
+
+QUICKSTART = pathlib.Path(setup.__file__).parents[1] / "configs" / "quickstart.py"
+
+
+def load(**settings):
+    overrides = [(key.replace("__", "."), str(value)) for key, value in settings.items()]
+    return configs.load(str(QUICKSTART), overrides)
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, -math.log(63)),
+        ({"loss__negatives": "hard", "loss__ratio": 7}, -math.log(7)),
+        ({"loss__negatives": "hard", "loss__ratio": 1000}, -math.log(63)),
+        ({"loss__relative_bias": True}, math.log(63) / 10),
+        ({"loss__name": "softmax"}, -math.log(63)),
+    ],
+)
+def test_an_automatic_bias_is_the_prior_of_the_batch(settings, expected):
+    config = load(model__b_init="auto", **settings)
+    assert setup.make_setup(config).model.b_init == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"loss__relative_bias": True}, "b_init=-10.0 is not; set config.model.b_init=auto"),
+        ({"loss__ratio": 5}, "config.loss: ratio 5 needs negatives"),
+        ({"loss__tile": -1}, "config.loss: tile must be a number of rows"),
+        ({"loss__unroll": 0}, "config.loss: unroll must be at least 1"),
+        ({"loss__exchange": "circle"}, "config.loss: exchange 'circle' is none of auto, ring"),
+        ({"model__t_init": 0, "model__b_init": "auto"}, "t_init is the temperature"),
+        ({"loss__name": "softmax", "loss__duplicates": "positive"}, "the softmax loss takes"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(settings, message):
+    with pytest.raises(UserError, match=message):
+        setup.make_setup(load(**settings))
+
+
+def test_a_microbatch_divides_the_batch_and_the_devices():
+    for microbatch in (8, 32, 64, 0):
+        setup.check_batch(load(input__microbatch=microbatch), make_mesh())
+    for microbatch in (4, 24, 128):
+        with pytest.raises(UserError, match="one of 8, 16, 32, 64$"):
+            setup.check_batch(load(input__microbatch=microbatch), make_mesh())
+
+
+def test_the_loss_tells_its_settings_and_the_exchange_it_chose():
+    told = setup.describe_loss(setup.make_setup(load(loss__duplicates="ignore")))
+    assert told.startswith("sigmoid, duplicates ignore, exchange gather (cpu, n=8, d=64, D=8: ring")
+    told = setup.describe_loss(setup.make_setup(load(loss__name="softmax", loss__exchange="ring")))
+    assert told == "softmax, exchange ring"
