@@ -39,7 +39,7 @@ def relative_error(got, want) -> float:
 
 
 DIFFERENTIATED = (0, 1, 2, 3)
-SCALARS = 1024  # bytes: sums, loop counters, tables of buffers
+SCALARS = 2048  # bytes: sums, loop counters, tables of buffers
 
 
 def exact_value_and_grads(definition, args):

@@ -54,7 +54,7 @@ def test_a_microbatch_divides_the_batch_and_the_devices():
     for microbatch in (8, 32, 64, 0):
         setup.check_batch(load(input__microbatch=microbatch), make_mesh())
     for microbatch in (4, 24, 128):
-        with pytest.raises(UserError, match="one of 8, 16, 32, 64$"):
+        with pytest.raises(UserError, match=r"one of 8, 16, 32, 64$"):
             setup.check_batch(load(input__microbatch=microbatch), make_mesh())
 
 
