@@ -139,7 +139,7 @@ KINDS = {
     "NVIDIA A100": (312e12, 300e9, 2e-5, False),
     "NVIDIA H100": (989e12, 450e9, 2e-5, False),
     "NVIDIA H200": (989e12, 450e9, 2e-5, False),
-    # Emulated devices share the cores and the memory of one machine: measured, see docs/ring.md.
+    # Emulated devices share the cores and the memory of one machine, see docs/ring.md.
     "cpu": (60e9, 5e9, 5e-4, False),
 }
 UNKNOWN = (300e12, 50e9, 2e-5, False)
