@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import tensorboardX
 from jaxtyping import Float, UInt8
-from tensorboardX.summary import hparams as hparams_summaries
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 Images = UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"]
 
@@ -27,7 +28,7 @@ class Writer:
     def __init__(self, workdir: str | pathlib.Path, *, is_main: bool = True) -> None:
         self._is_main = is_main
         self._path = pathlib.Path(workdir) / "metrics.jsonl"
-        self._board: tensorboardX.SummaryWriter | None = None
+        self._events: EventsWriter | None = None
         self._purge_step: int | None = None
         if is_main:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,59 +52,62 @@ class Writer:
             self._append(step, {name: _jsonable(number) for name, number in numbers.items()})
             for name, number in numbers.items():
                 if math.isfinite(number):  # tensorboardX prints a complaint into the progress row
-                    self._tensorboard().add_scalar(name, number, step)
+                    self._add(step, summary.scalar(name, number))
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Markdown in TensorBoard."""
         if self._is_main:
             self._append(step, texts)
             for name, text in texts.items():
-                self._tensorboard().add_text(name, text, step)
+                self._add(step, summary.text(name, text))
 
     def write_images(self, step: int, images: Mapping[str, Images]) -> None:
         """Batches of images, uint8 or floats in [0, 1]; TensorBoard only."""
         if self._is_main:
             for name, batch in images.items():
-                self._tensorboard().add_images(name, np.asarray(batch), step, dataformats="NHWC")
+                self._add(step, summary.image(name, np.asarray(batch), dataformats="NHWC"))
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """The config, for TensorBoard's table of runs; nested keys become 'a.b'."""
         if self._is_main:
-            experiment, start, _ = hparams_summaries(_flat(hparams), {})
-            files = self._tensorboard().file_writer
-            assert files is not None  # open until close()
-            for summary in (experiment, start):  # the third says that the run has ended well
-                files.add_summary(summary)
+            experiment, start, _ = summary.hparams(_flat(hparams), {})
+            for part in (experiment, start):  # the third says that the run has ended well
+                self._add(0, part)
 
     def flush(self) -> None:
         """Everything is on disk, also after a power cut."""
         if self._is_main:
             self._file.flush()
             os.fsync(self._file.fileno())
-            if self._board is not None:
-                self._board.flush()
+            if self._events is not None:
+                self._events.flush()  # fsync included
 
     def close(self) -> None:
         if self._is_main and not self._file.closed:
             self.flush()
             self._file.close()
-            if self._board is not None:
-                self._board.close()
+            if self._events is not None:
+                self._events.close()
 
     def _append(self, step: int, event: Mapping[str, Any]) -> None:
         # One write per line: a kill leaves whole lines but for the last, which _drop_lines cuts.
         self._file.write(json.dumps({"step": int(step), **event}) + "\n")
         self._file.flush()
 
-    def _tensorboard(self) -> tensorboardX.SummaryWriter:
-        if self._board is None:  # late, because its first record is the purge step
-            self._board = tensorboardX.SummaryWriter(
-                str(self._path.parent),
-                purge_step=self._purge_step,
-                # The name has whole seconds; another life within one would overwrite the file.
-                filename_suffix=f".{time.time_ns()}",
+    def _add(self, step: int, part: Any) -> None:
+        # Not tensorboardX.SummaryWriter: its events wait in a queue, which its flush() passes by.
+        if self._events is None:  # late, because its first record is the purge step
+            # The name has whole seconds; another life within one would overwrite the file.
+            self._events = EventsWriter(
+                str(self._path.parent / "events"), filename_suffix=f".{time.time_ns()}"
             )
-        return self._board
+            if (purge := self._purge_step) is not None:
+                self._event(step=purge, session_log=SessionLog(status=SessionLog.START))
+        self._event(step=step, summary=part)
+
+    def _event(self, **fields: Any) -> None:
+        assert self._events is not None
+        self._events.write_event(Event(wall_time=time.time(), **fields))
 
     def _drop_lines(self, drop: Any) -> None:
         """Replaces the file by its whole lines whose step is not to be dropped."""
