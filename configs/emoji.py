@@ -34,7 +34,7 @@ def get_config(
             "res": res,
             "token_len": 64,
             "source": {**source, "split": "train", "keywords": True},
-            "random_crop": 0.6,
+            "image": "decode | random_resized_crop(area=(0.6, 1.0))",
             # No flip: "backhand index pointing left".
             "num_threads": 2,
         }

@@ -31,8 +31,7 @@ def get_config(
             "res": res,
             "token_len": 64,
             "source": {**source, "split": "train"},
-            "random_crop": 0.4,
-            "flip": True,
+            "image": "decode | random_resized_crop(area=(0.4, 1.0)) | flip",
             "num_threads": 2,
         }
     )

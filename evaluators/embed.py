@@ -10,8 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from input_pipeline import device, loader
-from input_pipeline.errors import UserError
-from input_pipeline.transforms import BadImage
+from input_pipeline.errors import BadExample, UserError
 from siglip.sharding import replicated
 
 
@@ -135,7 +134,7 @@ def eval_image(preprocess, example: dict) -> UInt8[np.ndarray, "res res 3"]:
     """
     try:
         return preprocess.image(example["image"])
-    except BadImage as bad:
+    except BadExample as bad:
         raise UserError(
             f"image {example['id']} cannot be read ({bad}); evaluation skips nothing: "
             "repair it or take it out of the data"

@@ -5,7 +5,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from evaluators.canonicalize import canonicalize_text
+from input_pipeline.canonicalize import canonicalize_text
 from input_pipeline.errors import UserError
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Real
 
-from evaluators.canonicalize import canonicalize_text
 from evaluators.embed import Embedder, Tokens, tokenize
 from evaluators.ranks import Ranker, best_match_ranks
+from input_pipeline.canonicalize import canonicalize_text
 from input_pipeline.errors import UserError
 
 KS = (1, 5, 10)

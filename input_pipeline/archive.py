@@ -6,15 +6,15 @@ directory is read by it; members are read at their place in the file, without an
 
 import os
 import struct
-import weakref
 import zipfile
 import zlib
 
 from input_pipeline.errors import UserError
+from input_pipeline.storage import Blob
 
 
 class Zip:
-    """Members of a zip file by name, stored or deflated.
+    """Members of a zip file by name, stored or deflated. The file may be behind a URL.
 
     Raises:
       UserError: it is no zip file, or a member is encrypted or compressed otherwise.
@@ -22,8 +22,9 @@ class Zip:
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
+        self._blob = Blob(self.path)
         try:
-            with zipfile.ZipFile(self.path) as archive:
+            with self._blob.open() as file, zipfile.ZipFile(file) as archive:
                 infos = archive.infolist()
         except (OSError, zipfile.BadZipFile) as error:
             raise UserError(f"{self.path} cannot be read as a zip file ({error})") from error
@@ -40,8 +41,6 @@ class Zip:
             for i in infos
             if not i.is_dir()
         }
-        self._file = os.open(self.path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)
 
     def __contains__(self, name: str) -> bool:
         return name in self._members
@@ -85,11 +84,7 @@ class Zip:
         return data
 
     def _read_at(self, size: int, offset: int) -> bytes:
-        parts = []
-        while size:  # one call may return less, e.g. over a network file system
-            part = os.pread(self._file, size, offset)
-            if not part:
-                raise zipfile.BadZipFile(f"{self.path}: ends too early")
-            parts.append(part)
-            size, offset = size - len(part), offset + len(part)
-        return b"".join(parts)
+        data = self._blob.read(size, offset)
+        if len(data) < size:
+            raise zipfile.BadZipFile(f"{self.path}: ends too early")
+        return data

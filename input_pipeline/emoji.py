@@ -9,6 +9,7 @@ Pictures: Noto Emoji. Names and keywords: Unicode CLDR annotations.
 import json
 import pathlib
 
+import numpy as np
 from absl import logging
 
 from input_pipeline.archive import Zip
@@ -63,13 +64,14 @@ class Emoji:
         self.languages = _choose(languages, present)
         if keywords and not separate:
             raise UserError(f"emoji: {table} has no keywords, set keywords=False")
-        texts = {row["id"]: [] for row in rows}
+        texts: dict[str, list[tuple[str, str]]] = {row["id"]: [] for row in rows}  # (language, _)
         for language in self.languages:
             if separate:
-                _add_tsv(texts, folder / "captions" / f"{language}.tsv", keywords)
+                _add_tsv(texts, folder / "captions", language, keywords)
             else:
                 for row in rows:
-                    texts[row["id"]] += [row["captions"][language]] * (language in row["captions"])
+                    if language in row["captions"]:
+                        texts[row["id"]].append((language, row["captions"][language]))
 
         splits = sorted({row["split"] for row in rows})
         if split not in splits:
@@ -100,10 +102,18 @@ class Emoji:
         row = self._rows[i]
         return {
             "image": self._images.read_or_nothing(row["file"]),
-            "texts": list(self._texts[i]),
+            "texts": [text for _, text in self._texts[i]],
+            "languages": [language for language, _ in self._texts[i]],
             "label": self.class_names.index(row["group"]),
             "id": f"images.zip/{row['file']}",
         }
+
+    def by_language(self) -> dict[str, np.ndarray]:
+        found: dict[str, list[int]] = {language: [] for language in self.languages}
+        for i, texts in enumerate(self._texts):
+            for language in {language for language, _ in texts}:
+                found[language].append(i)
+        return {language: np.array(rows, np.int64) for language, rows in found.items() if rows}
 
 
 def _choose(languages: tuple | str, present: list[str]) -> tuple:
@@ -134,7 +144,8 @@ def _read_jsonl(path: pathlib.Path, fields: tuple) -> list[dict]:
     return rows
 
 
-def _add_tsv(texts: dict[str, list[str]], path: pathlib.Path, keywords: bool) -> None:
+def _add_tsv(texts: dict, folder: pathlib.Path, language: str, keywords: bool) -> None:
+    path = folder / f"{language}.tsv"
     # By hand: quotation marks in names are just characters, and so are odd line separators.
     lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     for number, line in enumerate(lines[1:], 2):
@@ -145,6 +156,6 @@ def _add_tsv(texts: dict[str, list[str]], path: pathlib.Path, keywords: bool) ->
             )
         _, name, words = fields
         if name:
-            texts[fields[0]].append(name)
+            texts[fields[0]].append((language, name))
         if keywords and words:
-            texts[fields[0]].append(words.replace("|", ", "))
+            texts[fields[0]].append((language, words.replace("|", ", ")))

@@ -1,5 +1,32 @@
-"""The error for what a user can put right."""
+"""What can be wrong with what a user gives: the call, or one example of the data."""
 
 
 class UserError(ValueError):
     """One line: what is wrong, where, what to do. main.py prints it without a traceback."""
+
+
+class BadExample(Exception):
+    """An example that cannot be used. Training counts it and goes on, evaluation stops.
+
+    Attributes:
+      kind: what counts are kept by, one of KINDS.
+      detail: what more is known; for people.
+      id, shard: the example and the file it came in, where the one who raises it knows them.
+    """
+
+    def __init__(self, kind: str, detail: str = "", *, id: str = "", shard: str = ""):
+        assert kind in KINDS, kind
+        self.kind, self.detail, self.id, self.shard = kind, detail, id, shard
+        super().__init__(f"{kind}: {detail}" if detail else kind)
+
+
+KINDS = (
+    "no image",  # missing, or without a byte
+    "unknown image format",
+    "image too large",
+    "damaged image",
+    "unusable image",  # decodes, but to values whose meaning is not known
+    "no caption",
+    "caption not UTF-8",
+    "damaged record",  # checksum, container, or a field of another type
+)

@@ -1,13 +1,16 @@
 """Your own data: a table of captions (JSONL, CSV, TSV) and images in a folder or in zip files."""
 
 import csv
+import io
 import json
 import os
-import pathlib
 import zipfile
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
+from input_pipeline import storage
 from input_pipeline.archive import Zip
 from input_pipeline.errors import UserError
 from input_pipeline.nearest import nearest
@@ -15,10 +18,11 @@ from input_pipeline.nearest import nearest
 # Loose images that are looked for at the start: a missing folder shows at once, and the check
 # of a table of millions on a network disk does not take an hour.
 SAMPLE = 100
+SAMPLE_OF_URLS = 4  # each is a request
 
 
 class Files:
-    """One example for each row of a table.
+    """One example for each row of a table. Table, folder and zip files may be behind URLs.
 
     Args:
       path: the table. .jsonl: an object in each line; .csv: quoted as spreadsheets do; .tsv:
@@ -32,6 +36,7 @@ class Files:
       split: the rows to take; '': all, for training without a held-out part.
       label_column: the class, for evaluation: a name (class_names is then all names of the table,
         sorted) or an integer. '': none.
+      language_column: the language of the row's captions. '': none.
 
     Raises:
       UserError: a file, column, caption, label or split is missing; in lists, the line numbers.
@@ -47,13 +52,13 @@ class Files:
         split_column: str = "split",
         split: str = "train",
         label_column: str = "",
+        language_column: str = "",
     ):
         self._path = path
-        table = pathlib.Path(path).expanduser()
-        rows = list(_read(table))
+        rows = list(_read(path))
         if not rows:
             raise UserError(f"{path} has no rows")
-        for column in (image_column, text_column, label_column):
+        for column in (image_column, text_column, label_column, language_column):
             if column:
                 _check_column(path, rows, column)
         if label_column:
@@ -71,10 +76,15 @@ class Files:
         # Columns, not rows: whatever else stands in a table of millions does not stay in memory.
         self._names: list[str] = names
         self._texts, self._labels = texts, [labels[i] for i in kept]
+        self._languages: list[Any] = []
+        if language_column:
+            self._languages = [row.get(language_column) for _, row in chosen]
+            bad = [not _is_text(tag) for tag in self._languages]
+            _refuse(path, chosen, bad, f"no language in {language_column!r}")
 
         self._archives: dict[str, Zip] = {}
-        self._root = pathlib.Path(images).expanduser() if images else table.parent
-        if images and not self._root.exists():
+        self._root = os.path.expanduser(images) if images else storage.parent(path)
+        if images and not storage.is_url(images) and not os.path.exists(self._root):
             raise UserError(f"images={images!r} is neither a folder nor a zip file")
         self._check_images([line for line, _ in chosen])
 
@@ -91,13 +101,20 @@ class Files:
         example = {"image": image, "texts": list(self._texts[i]), "id": name}
         if self._labels[i] is not None:
             example["label"] = self._labels[i]
+        if self._languages:
+            example["languages"] = [self._languages[i]] * len(self._texts[i])
         return example
+
+    def by_language(self) -> dict[str, np.ndarray]:
+        tags = np.array(self._languages)
+        return {str(tag): np.flatnonzero(tags == tag) for tag in np.unique(tags)}
 
     def _place(self, name: str) -> tuple[str, str | None]:
         """(file, None) or (zip file, member)."""
-        if self._root.suffix.lower() == ".zip":
-            return str(self._root), name
-        full = str(self._root / name)  # an absolute name stays what it is
+        if self._root.lower().endswith(".zip"):
+            return self._root, name
+        # An absolute name, or a URL, stays what it is.
+        full = name if storage.is_url(name) else storage.join(self._root, name)
         end = full.lower().find(".zip/")
         if end >= 0 and not os.path.isdir(full[: end + 4]):
             return full[: end + 4], full[end + 5 :]
@@ -106,16 +123,17 @@ class Files:
     def _read_image(self, name: str) -> bytes:
         file, member = self._place(name)
         if member is None:
-            return pathlib.Path(file).read_bytes()
+            return storage.read(file)
         return self._archives[file].read(member)
 
     def _check_images(self, lines: list[int]) -> None:
         """Every member of a zip file, and SAMPLE of the loose files. Opens the zip files."""
-        every = max(1, len(self._names) // SAMPLE)
+        sample = SAMPLE if not storage.is_url(self._root) else SAMPLE_OF_URLS
+        every = max(1, len(self._names) // sample)
         for i, (name, line) in enumerate(zip(self._names, lines)):
             file, member = self._place(name)
             if member is None:
-                if i % every == 0 and not os.path.isfile(file):
+                if i % every == 0 and not storage.is_file(file):
                     raise UserError(
                         f"{self._path} line {line}: there is no image {file}; names are relative "
                         f"to {self._root}, set `images` to another folder or zip file"
@@ -130,23 +148,26 @@ class Files:
                 )
 
 
-def _read(table: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read(table: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) of each row."""
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_tsv}
-    reader = readers.get(table.suffix.lower())
+    reader = readers.get(os.path.splitext(table)[1].lower())
     if reader is None:
         raise UserError(f"{table} is no table that can be read; give a .jsonl, .csv or .tsv file")
-    if not table.is_file():
+    if not storage.is_file(table):
         raise UserError(f"there is no file {table}; set `path` to the table of captions")
     try:
         # utf-8-sig: spreadsheets write a mark first, which would be part of a column's name.
-        with table.open(encoding="utf-8-sig", newline="") as lines:
+        with (
+            storage.Blob(table).open() as file,
+            io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines,
+        ):
             yield from reader(table, lines)
     except UnicodeDecodeError as error:
         raise UserError(f"{table} is not UTF-8 ({error.reason}); save it as UTF-8") from error
 
 
-def _read_jsonl(table: pathlib.Path, lines) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_jsonl(table: str, lines) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -159,7 +180,7 @@ def _read_jsonl(table: pathlib.Path, lines) -> Iterator[tuple[int, dict[str, Any
         yield number, row
 
 
-def _read_csv(table: pathlib.Path, lines, **how) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_csv(table: str, lines, **how) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.reader(lines, strict=True, **how)
     try:
         header = next(reader, None)
@@ -180,7 +201,7 @@ def _read_csv(table: pathlib.Path, lines, **how) -> Iterator[tuple[int, dict[str
         raise UserError(f"{table} line {reader.line_num} cannot be read ({error})") from error
 
 
-def _read_tsv(table: pathlib.Path, lines) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_tsv(table: str, lines) -> Iterator[tuple[int, dict[str, Any]]]:
     return _read_csv(table, lines, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 

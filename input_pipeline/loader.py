@@ -5,12 +5,17 @@ Which example stands where depends on nothing else: not on threads, not on how m
 run is one integer, the step, and starting at step 10^6 costs as much as starting at 0.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
+
+from input_pipeline.bad import Bad
+from input_pipeline.corrupt import Corruption
+from input_pipeline.errors import KINDS, BadExample, UserError
+from input_pipeline.mixture import identity
+from input_pipeline.order import order_of
 
 # A thread makes CHUNK rows at a time: not a whole batch, not one row. With whole batches all
 # threads finish theirs together, so the first takes num_threads times as long, and as many are in
@@ -34,42 +39,95 @@ def train_batches(
     process_count: int = 1,
     num_threads: int = NUM_THREADS,
     prefetch: int = PREFETCH,
+    corrupt: str | tuple = "",
+    bad: Bad | None = None,
 ) -> "Batches":
     """An endless iterator of this process's rows of the global batches from `start_step` on.
 
-    Every epoch is a permutation of the source, a new one each; a batch may begin in one epoch and
-    end in the next. Process p has rows [p n, (p+1) n) of each batch, n = batch_size /
-    process_count. What is random in an example (its caption, its crop) comes from a generator
-    seeded by (seed, global position).
+    Every epoch is a permutation of the source, a new one each (see order.py for files that are
+    read in blocks, and mixtures); a batch may begin in one epoch and end in the next. Process p
+    has rows [p n, (p+1) n) of each batch, n = batch_size / process_count. What is random in an
+    example (its caption, its crop) comes from a generator seeded by (seed, global position).
+
+    An example that cannot be used is a row of zeros in its place, so that the order of the others
+    does not depend on it: one file among millions must not end a run.
 
     Args:
-      source: __len__ and __getitem__(i) -> example; safe to call from threads.
+      source: see input_pipeline/__init__.py.
       preprocess: see transforms.Preprocess.
       num_threads: chunks of a batch that are made at a time.
       prefetch: batches that wait for the step.
+      corrupt: see corrupt.py.
+      bad: where bad examples are entered.
 
     Yields:
-      image uint8 [n, res, res, 3], text int32 [n, token_len], mask bool [n] (False: the image did
-      not decode), position int64 [n] (global position in the stream of all epochs), index int32
-      [n] (place in the source, modulo 2**31).
+      image uint8 [n, res, res, 3], text int32 [n, token_len], mask bool [n] (False: a bad
+      example), bad uint8 [n] (0, or 1 + its kind's place in KINDS), position int64 [n] (global
+      position in the stream of all epochs), index int32 [n] (which example, modulo 2**31).
 
     Raises:
       ValueError: processes do not divide the batch, or there are no examples.
+      UserError: none of the examples tried at the start can be used; later, from `next`, what
+        the source raises.
     """
     if batch_size % process_count:
         raise ValueError(f"batch_size {batch_size} does not divide over {process_count} processes")
     if not len(source):
         raise ValueError("the source has no examples")
-    order = _Order(len(source), seed)
+    bad = Bad() if bad is None else bad
+    order, corruption = (
+        order_of(source, seed),
+        Corruption(corrupt, seed=seed, batch_size=batch_size),
+    )
     positions = _Positions(batch_size, process_index, process_count, 2**40 // batch_size)
+    zeros = {key: np.zeros_like(value) for key, value in _one(source, preprocess).items()}
+
+    def make(position: int, index: int) -> dict[str, Any]:
+        example: dict[str, Any] = {}
+        try:
+            example = source[index]
+            made = preprocess.example(example, np.random.default_rng((seed, position)))
+            if (at := corruption.text_position(position)) != position:
+                example = source[order[at]]  # its caption, as its own row has it
+                caption = preprocess.caption(example, np.random.default_rng((seed, at)))
+                made["text"] = preprocess.text(caption)
+        except BadExample as error:
+            bad.record(error, example.get("id", f"[{index}]"), example.get("shard", ""))
+            return {**zeros, "mask": np.False_, "bad": np.uint8(1 + KINDS.index(error.kind))}
+        if corrupt:
+            made = corruption.corrupt_image(made, position)
+            vocab_size = preprocess.tokenizer.vocab_size
+            made["text"] = corruption.corrupt_text(made["text"], at, vocab_size)
+        return {**made, "mask": np.True_, "bad": np.uint8(0)}
 
     def row(position: int) -> dict[str, Any]:
-        rng = np.random.default_rng((seed, position))
         index = order[position]
-        made = preprocess.example(source[index], rng)
-        return {**made, "position": np.int64(position), "index": np.int32(index % 2**31)}
+        which = identity(source, index) % 2**31
+        return {
+            **make(position, index),
+            "position": np.int64(position),
+            "index": np.int32(which),
+        }
 
     return Batches(positions, row, start_step, num_threads, prefetch)
+
+
+TRIES = 64
+
+
+def _one(source: Any, preprocess: Any) -> dict[str, Any]:
+    """A row of any good example, for its shapes. Tries some all over the source: where every one
+    is bad, a run would see nothing else."""
+    bad, tries = Bad(), min(TRIES, len(source))
+    for i in range(tries):
+        try:
+            return preprocess.example(source[i * len(source) // tries], np.random.default_rng(0))
+        except BadExample as error:
+            bad.record(error)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in bad.kinds().items())
+    raise UserError(
+        f"none of {tries} examples from all over the source can be used ({kinds}); {bad.worst()}"
+    )
 
 
 class _Positions:
@@ -86,25 +144,6 @@ class _Positions:
     def __getitem__(self, index: int) -> int:
         step, row = divmod(index, self.local)
         return step * self._batch_size + self._first_row + row
-
-
-class _Order:
-    """Position in the endless stream of epochs -> index in the source."""
-
-    def __init__(self, examples: int, seed: int):
-        self._examples, self._seed = examples, seed
-
-    def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self._examples)
-        shuffled = grain.experimental.index_shuffle(
-            place, max_index=self._examples - 1, seed=_epoch_seed(self._seed, epoch), rounds=4
-        )
-        return int(shuffled)
-
-
-@functools.lru_cache(maxsize=16)
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
 def eval_batches(

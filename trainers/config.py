@@ -78,6 +78,17 @@ class Input:
     num_threads: int = NUM_THREADS
     prefetch: int = PREFETCH  # batches
     max_bad_fraction: float = 0.01
+    language_temperature: float | None = None  # see mixture.Languages; None: as they come
+    corrupt: str | tuple = ""  # noise on purpose, see corrupt.py
+
+
+def mixture() -> None:
+    """The source whose parts are config.input.mixture, name -> source with a weight."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Part:
+    weight: float = 1.0  # how often its examples come, relative to those of the other parts
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -119,7 +130,9 @@ BLOCKS: dict[str, Block] = {
     "model.txt": Block((make_text,)),
     "loss": Block((), "name", LOSSES, "sigmoid"),
     "input": Block((Input, make_preprocess)),
-    "input.source": Block((), "name", SOURCES),
+    "input.source": Block((), "name", {**SOURCES, "mixture": mixture}),
+    "input.mixture": Block(),
+    "input.mixture.*": Block((Part,), "name", SOURCES),
     "input.tokenizer": Block((), "name", TOKENIZERS, "bytes"),
     "optimizer": Block((), "name", OPTIMIZERS, "adamw"),
     "schedule": Block((), "name", SCHEDULES, "cosine"),
@@ -147,6 +160,7 @@ FREE = (
     "input.source.path",
     "input.source.images",
     "input.source.data_dir",
+    "input.source.cache",
     "input.tokenizer.path",
 )
 
@@ -242,7 +256,9 @@ class Difference:
 
     @property
     def free(self) -> bool:
-        return any(f"{self.key}.".startswith(f"{free}.") for free in FREE)
+        # Of a part of a mixture the same is free as of a source.
+        key = re.sub(r"^input\.mixture\.[^.]+\.", "input.source.", f"{self.key}.")
+        return any(key.startswith(f"{free}.") for free in FREE)
 
     def __str__(self) -> str:
         return f"{self.key}: there {self.there}, here {self.here}"

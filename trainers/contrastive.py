@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree
 
+from input_pipeline.errors import KINDS
 from siglip import logit_stats, pairs
 from siglip.losses import Loss
 from siglip.sharding import batch_sharding, params_sharding, replicated
@@ -27,9 +29,9 @@ class TrainState:
 
 @struct.dataclass
 class Tally:
-    """What must not be missed between two log lines, kept on the device. Not checkpointed."""
+    """What must not be missed between two log lines, kept on the device."""
 
-    bad_examples: Int[Array, ""]  # masked out: did not decode
+    bad: Int[Array, " kinds"]  # examples masked out, of each kind (input_pipeline.errors.KINDS)
     first_nonfinite: Int[Array, ""]  # the step whose loss or gradient was not finite, or NONE
 
 
@@ -65,9 +67,10 @@ def make_state(
     )
 
 
-def new_tally(mesh: jax.sharding.Mesh) -> Tally:
-    # Two arrays, not one twice: they are donated.
-    return Tally(*(jax.device_put(jnp.int32(x), replicated(mesh)) for x in (0, NONE)))
+def new_tally(mesh: jax.sharding.Mesh, bad: np.ndarray | None = None) -> Tally:
+    """`bad`: counts of the steps before, if any."""
+    bad = np.zeros(len(KINDS), np.int32) if bad is None else np.asarray(bad, np.int32)
+    return Tally(*(jax.device_put(x, replicated(mesh)) for x in (bad, np.int32(NONE))))
 
 
 def make_update(
@@ -149,9 +152,10 @@ def make_update(
             "param_norm": _when(logged, optax.tree.norm, params),
             **_logit_metrics(embeddings, batch["mask"], logged, mesh),
         }
-        valid = batch["mask"].sum(dtype=jnp.int32)
+        kind = batch["bad"] if "bad" in batch else ~batch["mask"]
+        kinds = jnp.arange(1, 1 + len(KINDS))[:, None] == kind[None]
         tally = Tally(
-            tally.bad_examples + batch["mask"].size - valid,
+            tally.bad + kinds.sum(axis=1, dtype=jnp.int32),
             jnp.where(finite, tally.first_nonfinite, jnp.minimum(tally.first_nonfinite, step)),
         )
         return TrainState(jnp.where(finite, step, state.step), params, opt_state), tally, metrics

@@ -13,9 +13,10 @@ import numpy as np
 from clu import parameter_overview
 from jax.experimental import multihost_utils
 
-from input_pipeline import SOURCES, loader
+from input_pipeline import loader, storage
+from input_pipeline.bad import Bad
 from input_pipeline.device import to_device
-from input_pipeline.errors import UserError
+from input_pipeline.errors import KINDS, UserError
 from trainers import checkpointing, contrastive, results, setup
 from trainers import config as configs
 from trainers.checkpointing import SaveError
@@ -29,6 +30,7 @@ from trainers.results import Results
 __all__ = ["Diverged", "Interrupted", "SaveError", "evaluate", "train"]
 
 PARAMETERS = "parameters.txt"
+FIELDS = ("image", "text", "mask", "bad", "index")  # of a batch, that the update step takes
 AHEAD = 2  # updates in flight: the host prepares one while the device does another
 
 
@@ -50,12 +52,15 @@ class Run:
     writer: Writer
     clock: Clock
     progress: Progress
+    bad: Bad  # the bad examples that this process met, by name
+    bad_counts: np.ndarray  # of all processes, by kind, in all steps that are done
 
     def save(self, step: int, state: contrastive.TrainState) -> None:
         """The state and the position in the data: batches are a function of (seed, step)."""
         self.writer.flush()  # a power cut must not leave a checkpoint that is ahead of the log
         position = _position(self.things.config, step, self.plan.epoch)
-        self.checkpoints.save(step, state, position)
+        counts = {kind: int(count) for kind, count in zip(KINDS, self.bad_counts) if count}
+        self.checkpoints.save(step, state, {**position, "bad": counts})
 
     def interrupt(self, step: int, state: contrastive.TrainState) -> NoReturn:
         self.save(step, state)
@@ -77,7 +82,8 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
     workdir, is_main = pathlib.Path(workdir), jax.process_index() == 0
     things = setup.make_setup(config)
     setup.check_batch(config, things.mesh)
-    source = setup.chosen(SOURCES, config.input.source)
+    storage.keep_indexes_in(str(workdir / "index"))
+    source = setup.make_source(config)
     plan = setup.make_plan(config, len(source))
     evaluators = setup.make_evaluators(things)
     params = things.abstract_params()
@@ -99,7 +105,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
             keep_every=plan.keep_every,
         )
         closing.callback(checkpoints.close)
-        state, first, start = _start(config, plan, workdir, checkpoints, abstract, init)
+        state, first, start, bad_counts = _start(config, plan, workdir, checkpoints, abstract, init)
         if is_main:  # only now: a start that failed must not bind the workdir to its config
             configs.save(config, workdir)
         writer = Writer(workdir, is_main=is_main)
@@ -116,7 +122,18 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
         closing.callback(progress.close)
         logged = _logged(workdir, first, evaluators)
         run = Run(
-            things, workdir, plan, first, logged, evaluators, checkpoints, writer, clock, progress
+            things,
+            workdir,
+            plan,
+            first,
+            logged,
+            evaluators,
+            checkpoints,
+            writer,
+            clock,
+            progress,
+            Bad(),
+            bad_counts,
         )
         _introduce(run, len(source), state, start)
         update = contrastive.make_update(
@@ -141,6 +158,8 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
             process_count=jax.process_count(),
             num_threads=config.input.num_threads,
             prefetch=config.input.prefetch,
+            corrupt=config.input.corrupt,
+            bad=run.bad,
         )
         closing.callback(batches.close)
         missed = _due(plan, first) if start.kind == "workdir" else []
@@ -176,7 +195,7 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
 
 
 def _start(config, plan, workdir, checkpoints, abstract, init):
-    """(state, step, Start) of the checkpoint that find_start says wins."""
+    """(state, step, Start, counts of bad examples) of the checkpoint that find_start says wins."""
     start = checkpointing.find_start(str(workdir), config.resume, config.init)
     state, step, saved = None, 0, {}
     match start.kind:
@@ -203,7 +222,8 @@ def _start(config, plan, workdir, checkpoints, abstract, init):
             f"the checkpoint to go on from is at step {step}, beyond the {plan.total} steps of "
             f"config.total={config.total!r} with this data"
         )
-    return state, step, start
+    counts = saved.get("bad", {})
+    return state, step, start, np.array([counts.get(kind, 0) for kind in KINDS], np.int32)
 
 
 def _position(config, step: int, epoch: int) -> dict[str, int]:
@@ -237,13 +257,13 @@ def _updates(run: Run, update, state, batches: Iterator[dict], missed: list[str]
     `missed`: evaluators that were due after the first step, when the run was stopped.
     """
     config, plan, mesh = run.things.config, run.plan, run.things.mesh
-    tally, in_flight = contrastive.new_tally(mesh), collections.deque()
+    tally, in_flight = contrastive.new_tally(mesh, run.bad_counts), collections.deque()
     with StopRequest() as stop:
         _evaluations_between(run, stop, run.first, state, missed)
         for step in range(run.first + 1, plan.total + 1):
             with run.clock.waiting():
                 batch = next(batches)
-            batch = {k: v for k, v in batch.items() if k in ("image", "text", "mask", "index")}
+            batch = {k: v for k, v in batch.items() if k in FIELDS}
             state, tally, metrics = update(state, tally, to_device(batch, mesh))
             in_flight.append(metrics["loss"])
             if len(in_flight) > AHEAD or step == run.first + 1:
@@ -259,7 +279,7 @@ def _updates(run: Run, update, state, batches: Iterator[dict], missed: list[str]
                 _check(run, step, tally)
                 run.clock.tick(step)
             if logging:
-                _log(run, step, metrics, tally)
+                _log(run, step, metrics)
             if stopping:
                 run.interrupt(step, state)
             if saving and step < plan.total:  # the last one is saved by train
@@ -279,12 +299,13 @@ def _evaluations_between(run: Run, stop: StopRequest, step: int, state, names: l
             run.interrupt(step, state)
 
 
-def _log(run: Run, step: int, metrics: dict[str, jax.Array], tally) -> None:
+def _log(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
     """One event of everything; logit statistics are NaN on a last step that is not due."""
     scalars = {k: float(v) for k, v in jax.device_get(metrics).items()}
     scalars = {k: v for k, v in scalars.items() if not np.isnan(v)}
     scalars |= {"epoch": step * run.things.config.input.batch_size / run.plan.epoch}
-    scalars |= {"bad_examples": int(tally.bad_examples)}
+    scalars |= {"bad_examples": int(run.bad_counts.sum())}
+    scalars |= {f"bad/{kind}": int(n) for kind, n in zip(KINDS, run.bad_counts) if n}
     scalars |= run.clock.rates() | memory()
     run.writer.write_scalars(step, scalars)
     run.progress.update(loss=scalars["loss"], lr=scalars["lr"])
@@ -293,15 +314,15 @@ def _log(run: Run, step: int, metrics: dict[str, jax.Array], tally) -> None:
 def _check(run: Run, step: int, tally: contrastive.Tally) -> None:
     """Stops a run that has diverged, or whose data are bad. The same on every process."""
     tally = jax.device_get(tally)
-    bad = int(tally.bad_examples)
-    examples = (step - run.first) * run.things.config.input.batch_size
+    run.bad_counts, examples = np.asarray(tally.bad), step * run.things.config.input.batch_size
+    bad = int(tally.bad.sum())
     allowed = run.things.config.input.max_bad_fraction
     # Of few examples one is a large share already, so a single one stops no run that allows any.
     if bad > max(allowed * examples, 1 if allowed else 0):
-        worst = run.things.preprocess.bad.worst() or "read by other processes"
+        kinds = ", ".join(f"{n} {kind}" for kind, n in zip(KINDS, tally.bad) if n)
         raise UserError(
-            f"{bad} of {examples} examples did not decode by step {step}, more than "
-            f"config.input.max_bad_fraction={allowed}; the worst: {worst}"
+            f"{bad} of {examples} examples could not be used by step {step} ({kinds}), more than "
+            f"config.input.max_bad_fraction={allowed}; the worst: {_everywhere(run.bad.worst())}"
         )
     if tally.first_nonfinite != contrastive.NONE:
         run.checkpoints.wait()
@@ -318,6 +339,21 @@ def _check(run: Run, step: int, tally: contrastive.Tally) -> None:
             f"loss or gradient was not finite at step {tally.first_nonfinite}, which has changed "
             f"no parameter; {advice}"
         )
+
+
+MOST_BYTES = 2000  # of a message that another process tells
+
+
+def _everywhere(message: str) -> str:
+    """What each process has to say."""
+    if jax.process_count() == 1:
+        return message
+    told = message.encode()[:MOST_BYTES]
+    mine = np.zeros(MOST_BYTES, np.uint8)
+    mine[: len(told)] = np.frombuffer(told, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(mine))
+    said = [bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in rows]
+    return "; ".join(f"process {i}: {text}" for i, text in enumerate(said) if text)
 
 
 def _evaluations(run: Run, params, step: int, names: Iterable[str]) -> Results:

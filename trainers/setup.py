@@ -12,6 +12,7 @@ import siglip
 from evaluators import EVALUATORS
 from input_pipeline import SOURCES, TOKENIZERS
 from input_pipeline.errors import UserError
+from input_pipeline.mixture import Languages, Mixture
 from input_pipeline.transforms import Preprocess, make_preprocess
 from siglip import exchange
 from siglip.losses import Loss
@@ -67,16 +68,49 @@ def make_setup(config: Any) -> Setup:
     return Setup(config, mesh, preprocess, model, loss_fn)
 
 
+MIXTURE = "mixture"  # as input.source.name: the sources of input.mixture
+
 # The keys of config.input that are not options of make_preprocess.
 INPUT_KEYS = (
     "batch_size",
     "microbatch",
     "source",
+    "mixture",
+    "language_temperature",
+    "corrupt",
     "tokenizer",
     "num_threads",
     "prefetch",
     "max_bad_fraction",
 )
+
+
+def make_source(config: Any) -> Any:
+    """What config.input.source, mixture and language_temperature say to train on.
+
+    Raises:
+      UserError: they do not fit each other, or a source cannot be opened.
+    """
+    block = config.input
+    named, temperature = block.source.name == MIXTURE, block.language_temperature
+    if named != bool(block.mixture):
+        raise UserError(
+            "config.input.mixture and config.input.source.name='mixture' go together: the one "
+            "holds the sources, the other says to use them"
+        )
+    if not named:
+        source = chosen(SOURCES, block.source)
+        return source if temperature is None else Languages(source, temperature)
+    parts = {
+        name: SOURCES[part.name](**without(part, "name", "weight"))
+        for name, part in block.mixture.items()
+    }
+    if temperature is not None:
+        balanced = [name for name, part in parts.items() if hasattr(part, "by_language")]
+        if not balanced:
+            Languages(next(iter(parts.values())), temperature)  # says what is missing
+        parts |= {name: Languages(parts[name], temperature) for name in balanced}
+    return Mixture(parts, tuple(part.weight for part in block.mixture.values()))
 
 
 def initial_bias(config: Any) -> float | None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from input_pipeline.transforms import BadImage
+from input_pipeline.errors import BadExample
 
 D = 4  # width of the embeddings
 TOKEN_LEN = 3
@@ -39,7 +39,7 @@ class FakePreprocess:
     def image(self, image, rng=None):
         assert rng is None, "evaluation must not augment"
         if isinstance(image, bytes):
-            raise BadImage("no image header")
+            raise BadExample("damaged image", "no image header")
         return image
 
     def text(self, text):

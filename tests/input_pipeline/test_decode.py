@@ -1,14 +1,20 @@
-"""Every kind of image to RGB; whatever is damaged or too large becomes BadImage."""
+"""Every kind of image to RGB; whatever is damaged or too large becomes BadExample."""
 
 import io
+import pathlib
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline.decode import MAX_PIXELS, BadImage, decode
+from input_pipeline.decode import MAX_PIXELS, decode
+from input_pipeline.errors import BadExample
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Four blocks of colour, large enough that JPEG keeps them in their middles.
 H, W = 32, 48
@@ -158,7 +164,7 @@ def test_bomb_is_refused_by_its_header(claiming, size, monkeypatch):
 
     monkeypatch.setattr("simplejpeg.decode_jpeg", never)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", never)
-    with pytest.raises(BadImage, match=f"more than {MAX_PIXELS} pixels"):
+    with pytest.raises(BadExample, match=f"more than {MAX_PIXELS} pixels"):
         decode(claiming(*size))
 
 
@@ -166,11 +172,11 @@ def test_bomb_is_refused_by_its_header(claiming, size, monkeypatch):
     ("data", "reason"),
     [
         pytest.param(b"", "the file is missing or empty", id="empty"),
-        pytest.param(b"<html>not found</html>", "no image of a known format", id="html"),
+        pytest.param(b"<html>not found</html>", "unknown image format", id="html"),
         pytest.param(b"\xff\xd8\xff", ".", id="jpeg of three bytes"),
         pytest.param(encoded(PIL_RGB, "PNG")[:-60], ".", id="png cut"),
         pytest.param(encoded(PIL_RGB, "JPEG")[:-60], "truncated", id="jpeg cut"),
-        pytest.param(encoded(PIL_RGB, "EPS"), "no image of a known format", id="eps"),
+        pytest.param(encoded(PIL_RGB, "EPS"), "unknown image format", id="eps"),
         pytest.param(
             encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF"), "floating", id="float"
         ),
@@ -183,7 +189,7 @@ def test_bomb_is_refused_by_its_header(claiming, size, monkeypatch):
     ],
 )
 def test_bad_images_say_why_in_one_line(data, reason):
-    with pytest.raises(BadImage, match=reason) as bad:
+    with pytest.raises(BadExample, match=reason) as bad:
         decode(data)
     assert "\n" not in str(bad.value)
 
@@ -197,6 +203,39 @@ def test_any_damage_is_a_bad_image_or_pixels():
                 damaged[place] = rng.integers(256)
             try:
                 pixels = decode(bytes(damaged))
-            except BadImage:
+            except BadExample:
                 continue
             assert pixels.ndim == 3 and pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("quality", [30, 95])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_is_decoded_as_pil_decodes_it_to_the_bit(quality, subsampling, progressive):
+    noise = np.random.default_rng(0).integers(0, 256, (12, 13, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((333, 257))
+    data = encoded(image, "JPEG", quality=quality, subsampling=subsampling, progressive=progressive)
+    with Image.open(io.BytesIO(data)) as opened:
+        np.testing.assert_array_equal(decode(data), np.asarray(opened.convert("RGB")))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("form", ["PNG", "GIF", "TIFF"])
+def test_a_bomb_is_refused_in_bounded_memory(form, tmp_path):
+    """20,000 x 20,000 pixels of one colour, in little more than a megabyte."""
+    (tmp_path / "bomb").write_bytes(encoded(Image.new("L", (20_000, 20_000)), form))
+    code = """
+import resource, sys
+from input_pipeline.decode import decode
+from input_pipeline.errors import BadExample
+data = open(sys.argv[1], "rb").read()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    decode(data)
+except BadExample as error:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "bomb")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    kilobytes, _, told = done.stdout.partition(" ")
+    assert told.startswith("image too large") and int(kilobytes) < 50_000, done.stderr

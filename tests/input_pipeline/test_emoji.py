@@ -53,6 +53,7 @@ def test_names_keywords_and_gaps(small):
     assert english[0] == {
         "image": b"picture a",
         "texts": ['a "so-called" cat'],
+        "languages": ["en"],
         "label": 1,
         "id": "images.zip/a.png",
     }
@@ -131,3 +132,14 @@ def test_the_tiny_layout(shared_data):
     assert len(Emoji(data_dir=folder, languages="all").languages) == 6
     with pytest.raises(UserError, match="keywords=False"):
         Emoji(data_dir=folder, keywords=True)
+
+
+def test_languages_are_told_and_found(small):
+    both = Emoji(data_dir=str(small), languages="all", keywords=True)
+    found = both.by_language()
+    assert set(found) <= set(both.languages) and len(found) > 1
+    for language in both.languages:
+        rows = [i for i in range(len(both)) if language in both[i]["languages"]]
+        assert rows == list(found.get(language, []))
+    for i in range(len(both)):
+        assert len(both[i]["texts"]) == len(both[i]["languages"])

@@ -1,10 +1,13 @@
 """Tables of captions and the places of their images."""
 
 import concurrent.futures
+import io
 import json
 import re
+import uuid
 import zipfile
 
+import fsspec
 import pytest
 
 from input_pipeline import SOURCES
@@ -229,6 +232,37 @@ def test_missing_images_are_found_at_the_start(tmp_path):
     told("line 2: ", **kw)
     told("i.zip has no member 'b.png'; the nearest: a.png", **kw)
     path = write(tmp_path / "z.jsonl", [{"image": "no.zip/a.png", "caption": "x"}])
-    told("no.zip cannot be read as a zip file", path=path)
+    told("no.zip cannot be read", path=path)
     (tmp_path / "bad.zip").write_bytes(b"x")
     told("bad.zip cannot be read as a zip", path=path, images=str(tmp_path / "bad.zip"))
+
+
+def test_a_table_and_its_images_behind_urls(tmp_path):
+    disk, at = fsspec.filesystem("memory"), f"/{uuid.uuid4().hex}"
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("in.png", b"inside")
+    disk.pipe({f"{at}/a.jpg": b"loose", f"{at}/z.zip": file.getvalue()})
+    rows = [{"image": "a.jpg", "caption": "x"}, {"image": "z.zip/in.png", "caption": "y"}]
+    disk.pipe(f"{at}/t.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    source = Files(path=f"memory:/{at}/t.jsonl")
+    assert [source[i]["image"] for i in (0, 1)] == [b"loose", b"inside"]
+    assert Files(path=f"memory:/{at}/t.jsonl", images=f"memory:/{at}")[1]["texts"] == ["y"]
+    with pytest.raises(UserError, match="there is no image memory:"):
+        Files(path=f"memory:/{at}/t.jsonl", images="memory://elsewhere")
+
+
+def test_rows_tell_their_language(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text("image,caption,lang\na.jpg,ein Hund,de\na.jpg,a dog,en\na.jpg,a cat,en\n")
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    source = Files(path=str(table), language_column="lang")
+    assert [source[i]["languages"] for i in range(3)] == [["de"], ["en"], ["en"]]
+    assert {tag: rows.tolist() for tag, rows in source.by_language().items()} == {
+        "de": [0],
+        "en": [1, 2],
+    }
+    table.write_text("image,caption,lang\na.jpg,ein Hund,\n")
+    with pytest.raises(UserError, match="no language in 'lang' in line 2"):
+        Files(path=str(table), language_column="lang")
+    assert Files(path=str(table)).by_language() == {}

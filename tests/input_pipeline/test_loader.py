@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from input_pipeline import loader
+from input_pipeline.bad import Bad
+from input_pipeline.errors import KINDS, BadExample, UserError
 from input_pipeline.memory import Memory
 from input_pipeline.tokenizers import Bytes
 from input_pipeline.transforms import make_preprocess
@@ -19,7 +21,7 @@ class Preprocess:
 
     def example(self, example, rng):
         text = np.array([example, rng.integers(2**31)], np.int32)
-        return {"image": np.zeros((1, 1, 3), np.uint8), "text": text, "mask": np.True_}
+        return {"image": np.zeros((1, 1, 3), np.uint8), "text": text}
 
 
 def stream(examples=10, batch_size=4, steps=12, seed=0, **options):
@@ -96,7 +98,7 @@ def test_step_a_million_is_reached_without_reading_what_lies_before():
         Source(), Preprocess(), batch_size=8, seed=0, start_step=10**6, num_threads=1, prefetch=1
     ) as batches:
         assert next(batches)["position"].tolist() == list(range(8 * 10**6, 8 * 10**6 + 8))
-        assert len(read) <= 8 * 4
+        assert len(read) <= 8 * 4 + 1  # and one for the shapes
 
 
 def test_eval_batches_hold_each_example_once_on_any_number_of_processes():
@@ -139,10 +141,10 @@ def test_no_more_is_made_ahead_than_asked_for():
         for taken in range(1, 4):
             next(batches)
             deadline = time.monotonic() + 30
-            while len(made) < (taken + 3) * 64 and time.monotonic() < deadline:
+            while len(made) < (taken + 3) * 64 + 1 and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(0.1)
-            assert len(made) == (taken + 3) * 64
+            assert len(made) == (taken + 3) * 64 + 1
 
 
 def png(color):
@@ -157,7 +159,10 @@ def test_bad_images_are_masked_in_place_and_recorded():
     images[5] = images[5][:-20]
     source = Memory(images=images, texts=[chr(97 + i) for i in range(8)])
     preprocess = make_preprocess(Bytes(), res=2, token_len=3)
-    with loader.train_batches(source, preprocess, batch_size=8, seed=0, prefetch=1) as batches:
+    bad = Bad()
+    with loader.train_batches(
+        source, preprocess, batch_size=8, seed=0, prefetch=1, bad=bad
+    ) as batches:
         batch = next(batches)
     assert batch["image"].shape == (8, 2, 2, 3) and batch["image"].dtype == np.uint8
     assert batch["text"].shape == (8, 3) and batch["text"].dtype == np.int32
@@ -166,7 +171,10 @@ def test_bad_images_are_masked_in_place_and_recorded():
     red = batch["image"][batch["mask"]][:, 0, 0, 0]
     assert sorted(red) == [0, 1, 2, 4, 6, 7]
     np.testing.assert_array_equal(batch["text"][batch["mask"]][:, 0], ord("a") + 3 + red)
-    assert set(preprocess.bad.reasons) == {"memory/3", "memory/5"}
+    kinds = [KINDS[code - 1] if code else "" for code in batch["bad"]]
+    assert [kinds.count(kind) for kind in ("", *KINDS)] == [6, 0, 1, 0, 1, 0, 0, 0, 0]
+    assert [bool(kind) for kind in kinds] == (~batch["mask"]).tolist()
+    assert "memory/3 (unknown image format" in bad.worst() and "memory/5 (damaged" in bad.worst()
 
 
 def settled(threads: int) -> bool:
@@ -180,14 +188,17 @@ def settled(threads: int) -> bool:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("num_threads", [1, 4])
 def test_an_exception_in_a_source_ends_the_batches_and_their_threads(num_threads):
-    before = threading.active_count()
+    before, read = threading.active_count(), []
 
     class Source:
         def __len__(self):
             return 1000
 
         def __getitem__(self, i):
-            raise OSError(f"disk gone at {i}")
+            if read:
+                raise OSError(f"disk gone at {i}")
+            read.append(i)  # the first one, which is asked for its shapes
+            return i
 
     batches = loader.train_batches(
         Source(), Preprocess(), batch_size=64, seed=0, num_threads=num_threads
@@ -233,3 +244,53 @@ def test_mistakes_are_named():
         stream(batch_size=6, process_count=4)
     with pytest.raises(ValueError, match="the source has no examples"):
         stream(examples=0)
+
+
+class Damaged:
+    """Example i is bad where bad(i)."""
+
+    def __init__(self, examples, bad):
+        self.examples, self.bad = examples, bad
+
+    def __len__(self):
+        return self.examples
+
+    def __getitem__(self, i):
+        if self.bad(i):
+            raise BadExample("damaged record", f"of {i}", id=f"a.tar/{i}", shard="a.tar")
+        return i
+
+
+def test_bad_examples_change_no_other_row():
+    options = {"batch_size": 8, "seed": 0, "num_threads": 2}
+    with loader.train_batches(range(40), Preprocess(), **options) as batches:
+        good = [next(batches) for _ in range(10)]
+    with loader.train_batches(Damaged(40, lambda i: i % 3 == 1), Preprocess(), **options) as b:
+        some = [next(b) for _ in range(10)]
+    for whole, part in zip(good, some):
+        bad = whole["text"][:, 0] % 3 == 1
+        np.testing.assert_array_equal(part["mask"], ~bad)
+        np.testing.assert_array_equal(part["text"][~bad], whole["text"][~bad])
+        np.testing.assert_array_equal(part["index"], whole["index"])
+        assert not part["text"][bad].any()
+
+
+@pytest.mark.timeout(60)
+def test_a_source_without_a_good_example_stops_at_once_with_the_reasons():
+    read = []
+    source = Damaged(10**9, lambda i: read.append(i) is None)
+    with pytest.raises(
+        UserError, match=r"none of 64 examples .* \(64 damaged record\); a\.tar: 64"
+    ):
+        loader.train_batches(source, Preprocess(), batch_size=8, seed=0)
+    assert len(read) == 64 and max(read) > 9e8  # from all over
+
+
+def test_which_example_a_row_is_goes_by_its_identity():
+    class Twice(list):
+        def identity(self, i):
+            return i % 3
+
+    with loader.train_batches(Twice(range(6)), Preprocess(), batch_size=6, seed=0) as batches:
+        batch = next(batches)
+    np.testing.assert_array_equal(batch["index"], batch["text"][:, 0] % 3)

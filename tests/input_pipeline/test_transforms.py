@@ -1,16 +1,16 @@
 """Image and text as a model takes them, with and without augmentation."""
 
 import io
-import threading
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline.errors import UserError
+from input_pipeline.errors import BadExample, UserError
+from input_pipeline.image_ops import IMAGE_OPS, PRESETS, At
 from input_pipeline.tokenizers import Bytes
-from input_pipeline.transforms import BadImage, make_preprocess
+from input_pipeline.transforms import make_preprocess
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
@@ -23,35 +23,9 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-@pytest.mark.parametrize("res", [16, 100])
-def test_resizes_are_what_they_are_named_after(res):
-    expected = {
-        "bilinear": cv2.resize(NOISE, (res, res), interpolation=cv2.INTER_LINEAR),
-        "bilinear-pil": Image.fromarray(NOISE).resize((res, res), Image.Resampling.BILINEAR),
-        "bicubic-pil": Image.fromarray(NOISE).resize((res, res), Image.Resampling.BICUBIC),
-    }
-    for name, image in expected.items():
-        ours = preprocess(res=res, resize=name).image(NOISE)
-        assert ours.shape == (res, res, 3) and ours.dtype == np.uint8
-        np.testing.assert_array_equal(ours, np.asarray(image))
-    assert cv2.getNumThreads() == 1  # 0 given: OpenCV's own threads are off
-
-
-def test_bilinear_equals_its_definition_without_antialias():
-    """Pixel centres, as tf.image.resize(antialias=False) has them; cv2 rounds in fixed point."""
-    y = (np.arange(16) + 0.5) * 40 / 16 - 0.5
-    x = (np.arange(16) + 0.5) * 60 / 16 - 0.5
-
-    def weights(at, n):
-        low = np.clip(np.floor(at).astype(int), 0, n - 1)
-        high = np.clip(low + 1, 0, n - 1)
-        w = np.zeros((len(at), n))
-        np.add.at(w, (np.arange(len(at)), low), 1 - (at - np.floor(at)))
-        np.add.at(w, (np.arange(len(at)), high), at - np.floor(at))
-        return w
-
-    exact = np.einsum("yh,xw,hwc->yxc", weights(y, 40), weights(x, 60), NOISE)
-    assert np.abs(preprocess().image(NOISE) - exact).max() <= 1.0
+def test_opencv_starts_no_threads_of_its_own():
+    preprocess().image(NOISE)
+    assert cv2.getNumThreads() == 1
 
 
 def test_bytes_and_array_are_the_same_image():
@@ -61,57 +35,62 @@ def test_bytes_and_array_are_the_same_image():
 
 
 def test_evaluation_is_never_augmented():
-    augmenting = preprocess(random_crop=0.1, flip=True)
+    augmenting = preprocess(image="decode | random_resized_crop((0.1, 1.0)) | flip")
     plain = preprocess().image(NOISE)
     for _ in range(5):
         np.testing.assert_array_equal(augmenting.image(NOISE), plain)
     np.testing.assert_array_equal(preprocess().image(NOISE, rng()), plain)
 
 
-def test_flip_mirrors_half_of_the_images():
-    flipping, plain = preprocess(flip=True), preprocess().image(NOISE)
-    mirrored = 0
-    for seed in range(200):
-        image = flipping.image(NOISE, rng(seed))
-        same = np.array_equal(image, plain)
-        assert same or np.array_equal(image, plain[:, ::-1])
-        mirrored += not same
-    assert 70 < mirrored < 130
+RANDOM = "decode | shorter_side(20) | random_crop | flip | color_jitter | rand_augment"
 
 
-def test_crop_is_a_rectangle_of_the_share_and_ratio_asked_for(monkeypatch):
-    h, w = 120, 150
-    place = np.zeros((h, w, 3), np.uint8)  # each pixel says where it is
-    place[..., 0], place[..., 1] = np.arange(h)[:, None], np.arange(w)
-    seen = []
-    cropping = preprocess(random_crop=0.3)
-    monkeypatch.setattr(cropping, "_resize", lambda image, res: seen.append(image) or image)
-    for seed in range(300):
-        cropping.image(place, rng(seed))
-    shares, ratios, tops, lefts = [], [], set(), set()
-    for crop in seen:
-        ch, cw = crop.shape[:2]
-        top, left = int(crop[0, 0, 0]), int(crop[0, 0, 1])
-        np.testing.assert_array_equal(crop, place[top : top + ch, left : left + cw])
-        shares.append(ch * cw / (h * w))
-        ratios.append(cw / ch)
-        tops.add(top)
-        lefts.add(left)
-    assert 0.29 < min(shares) < 0.35 and max(shares) > 0.85
-    ratios = [r for r, s in zip(ratios, shares) if s < 1]
-    assert 0.73 < min(ratios) < 0.8 and 1.25 < max(ratios) < 1.36
-    assert len(tops) > 20 and len(lefts) > 20
+@pytest.mark.parametrize(
+    "image",
+    [
+        "decode | resize",
+        "decode(shrink=True) | shorter_side | center_crop",
+        "decode | random_resized_crop(area=(0.3, 1.0), ratio=(1, 1), method='area') | flip",
+        ("decode", "shorter_side(40, 'bicubic-pil')", "center_crop"),
+        RANDOM,
+        *PRESETS,
+    ],
+)
+def test_every_program_makes_what_a_model_takes(image):
+    p = preprocess(image=image)
+    for draws in (None, rng()):
+        made = p.image(NOISE, draws)
+        pixels = made["image"] if p.patches else made
+        assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous
+        assert pixels.shape == ((256, 768) if p.patches else (16, 16, 3))
+    assert p.patches == (image == "hf-naflex")
 
 
-def test_crop_of_a_line_is_the_line():
-    line = np.arange(300, dtype=np.uint8).reshape(1, 100, 3)
-    np.testing.assert_array_equal(
-        preprocess(random_crop=0.9).image(line, rng()), preprocess().image(line)
+def test_what_is_random_does_nothing_in_evaluation():
+    plain = preprocess(image="decode | shorter_side(20) | center_crop").image(NOISE)
+    np.testing.assert_array_equal(preprocess(image=RANDOM).image(NOISE), plain)
+    squashed = preprocess(image="decode | random_resized_crop | flip").image(NOISE)
+    np.testing.assert_array_equal(squashed, preprocess().image(NOISE))
+    assert any(
+        not np.array_equal(preprocess(image=RANDOM).image(NOISE, rng(i)), plain) for i in range(9)
     )
 
 
+def test_shrinking_keeps_at_least_the_size_of_the_model():
+    file = io.BytesIO()
+    smooth = cv2.resize(NOISE, (600, 400), interpolation=cv2.INTER_CUBIC)
+    Image.fromarray(smooth).save(file, "JPEG", quality=95)
+    seen = []
+    for res in (16, 51, 101, 201):
+        at = At(res)
+        seen.append(IMAGE_OPS["decode"](file.getvalue(), at, shrink=True).shape[:2])
+        assert min(seen[-1]) >= min(res, 400)
+    assert seen == [(50, 75), (100, 150), (200, 300), (400, 600)]
+    assert IMAGE_OPS["decode"](file.getvalue(), At(16)).shape[:2] == (400, 600)
+
+
 def test_random_numbers_decide_all():
-    p = preprocess(random_crop=0.3, flip=True)
+    p = preprocess(image="decode | random_resized_crop((0.3, 1.0)) | flip")
     example = {"image": NOISE, "texts": ["a", "b", "c", "d"], "id": "x"}
     first, again, other = (p.example(example, rng(seed)) for seed in (1, 1, 2))
     for key in first:
@@ -130,54 +109,73 @@ def test_one_caption_is_drawn_evenly():
 def test_text_is_lower_cased_cut_and_padded():
     text = preprocess().text("Ab")
     assert text.dtype == np.int32 and text.tolist() == [100, 101, 1, 1, 1, 1, 1, 1]
-    assert preprocess(lower=False).text("Ab")[0] == ord("A") + 3
-    assert preprocess(pad_id=0).text("Ab").tolist() == [100, 101, 1, 0, 0, 0, 0, 0]
-    assert preprocess(pad_id=0, eos="none").text("Ab").tolist() == [100, 101] + [0] * 6
-    assert preprocess(eos="yes").text("a" * 20).tolist() == [100] * 8
+    assert preprocess(text="tokenize").text("Ab")[0] == ord("A") + 3
+    padded = preprocess(text="lower | tokenize(pad_id=0)").text("Ab")
+    assert padded.tolist() == [100, 101, 1, 0, 0, 0, 0, 0]
+    bare = preprocess(text="lower | tokenize(eos='none', pad_id=0)").text("Ab")
+    assert bare.tolist() == [100, 101] + [0] * 6
+    assert preprocess(text="tokenize('yes')").text("a" * 20).tolist() == [100] * 8
     assert preprocess().text("a" * 20).tolist() == [100] * 7 + [1]
     assert preprocess().text("Ä")[:2].tolist() == [b + 3 for b in "ä".encode()]
+
+
+@pytest.mark.parametrize(
+    ("steps", "text", "cleaned"),
+    [
+        ("strip", "  a \t b\n", "a b"),
+        ("nfkc", "\uff21\ufb01e\u0301", "Afi\u00e9"),
+        ("canonicalize", "A_b, (c)!", "a b c"),
+        ("lower | strip", " A  B", "a b"),
+    ],
+)
+def test_steps_clean_a_text(steps, text, cleaned):
+    p = preprocess(text=f"{steps} | tokenize")
+    np.testing.assert_array_equal(p.text(text), preprocess(text="tokenize").text(cleaned))
 
 
 def test_half_a_character_pair_does_not_end_a_run():
     np.testing.assert_array_equal(preprocess().text("a\ud83d"), preprocess().text("a?"))
 
 
-def test_bad_examples_are_zeros_masked_and_recorded():
+def test_captions_are_drawn_by_their_weights():
     p = preprocess()
-    good = p.example({"image": NOISE, "texts": ["a"], "id": "good"}, rng())
-    assert good["mask"].dtype == np.bool_ and good["mask"] and len(p.bad) == 0
-    for name, times in (("zip/b.png", 1), ("zip/a.png", 3)):
-        for _ in range(times):
-            bad = p.example({"image": b"", "texts": ["a"], "id": name}, rng())
-            assert not bad["mask"] and not bad["image"].any() and not bad["text"].any()
-            for key in good:  # both kinds stand in one batch
-                assert bad[key].shape == good[key].shape and bad[key].dtype == good[key].dtype
-    p.example({"image": NOISE, "texts": [], "id": "c"}, rng())
-    assert len(p.bad) == 3 and p.bad.count == 5
-    assert p.bad.reasons["c"] == "there is no caption"
-    assert p.bad.worst(1) == "zip/a.png (the file is missing or empty), and 2 more"
-    assert p.bad.worst().startswith("zip/a.png (") and "more" not in p.bad.worst()
+    example = {"texts": ["a", "b", "c"], "weights": [0.2, 0.0, 0.6], "id": "x"}
+    drawn = [p.caption(example, rng(seed)) for seed in range(400)]
+    assert 70 < drawn.count("a") < 130 and drawn.count("b") == 0
+    for nothing in ({"texts": []}, {"texts": ["a"], "weights": [0.0]}):
+        with pytest.raises(BadExample, match="no caption"):
+            p.caption({"id": "x", **nothing}, rng())
 
 
-def test_evaluation_raises_what_training_masks():
-    with pytest.raises(BadImage, match="no image of a known format"):
-        preprocess().image(b"no image")
+def test_fields_of_an_example_are_kept_and_renamed():
+    p = preprocess(fields="keep('label') | rename(old='label', new='class_id') | keep('area')")
+    example = {"image": NOISE, "texts": ["a"], "id": "x", "label": 3, "area": [1.5, 2.0]}
+    row = p.example(example, rng())
+    assert row["class_id"] == 3 and row["area"].tolist() == [1.5, 2.0]
+    assert set(row) == {"image", "text", "class_id", "area"}
+    for steps, told in (
+        ("keep('lable')", "have no 'lable'"),
+        ("keep('id')", "'id' is no number"),
+        ("rename(old='a', new='b')", "'a' is not kept"),
+        ("keep('label') | rename('label', 'mask')", "'mask' is a name that every batch has"),
+    ):
+        with pytest.raises(UserError, match=told):
+            preprocess(fields=steps).example(example, rng())
 
 
-def test_bad_examples_are_counted_by_many_threads():
-    p = preprocess()
-
-    def work():
-        for i in range(200):
-            p.bad.record(f"{i % 7}", "reason")
-            p.bad.worst()
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert p.bad.count == 1600 and len(p.bad) == 7
+@pytest.mark.parametrize(
+    ("example", "kind"),
+    [
+        ({"image": b"no image", "texts": ["a"]}, "unknown image format"),
+        ({"image": b"", "texts": ["a"]}, "no image"),
+        ({"image": NOISE, "texts": []}, "no caption"),
+        ({"image": NOISE.astype(float), "texts": ["a"]}, "unusable image"),
+    ],
+)
+def test_bad_examples_say_their_kind(example, kind):
+    with pytest.raises(BadExample) as error:
+        preprocess().example({"id": "x", **example}, rng())
+    assert error.value.kind == kind
 
 
 @pytest.mark.parametrize(
@@ -185,14 +183,27 @@ def test_bad_examples_are_counted_by_many_threads():
     [
         ({"res": 0}, "config.input.res=0 must be at least 1"),
         ({"token_len": -1}, "config.input.token_len=-1 must be at least 1"),
-        ({"random_crop": 0.0}, "config.input.random_crop=0.0 must be above 0"),
-        ({"random_crop": 1.5}, "config.input.random_crop=1.5 must be above 0"),
-        ({"resize": "bilinar"}, "config.input.resize='bilinar' is unknown; the nearest: bilinear"),
-        ({"eos": "stiky"}, "config.input.eos='stiky' is unknown; the nearest: sticky"),
-        ({"pad_id": 259}, "config.input.pad_id=259 is not an id of the tokenizer, which has 259"),
-        ({"pad_id": -1}, "config.input.pad_id=-1 is not an id"),
+        ({"image": "decode | resize('bilinar')"}, "input.image: resize: method='bilinar' is none"),
+        ({"image": "decode | random_resized_crop((0, 1))"}, "area=\\(0, 1\\) must be"),
+        ({"image": "decode | random_resized_crop((0.5, 2))"}, "area=\\(0.5, 2\\) must be"),
+        ({"image": "decode | random_resized_crop(0.5)"}, "input.image: random_resized_crop: "),
+        ({"image": "resize"}, "must begin with `decode`"),
+        ({"image": ""}, "end it with `resize`|must begin with `decode`"),
+        ({"image": "decode"}, r"ends in uint8\[25, 29, 3\], the model takes uint8\[16, 16, 3\]"),
+        ({"image": "decode | shorter_side"}, "end it with `resize` or a crop"),
+        ({"image": "decode | naflex | resize"}, "nothing can follow naflex, as resize does"),
+        ({"image": "hf-siglp"}, "cannot be read|is not the name of a step"),
+        ({"text": "lower"}, "config.input.text must end with `tokenize`"),
+        ({"text": "tokenize | lower"}, "nothing can follow tokenize, as lower does"),
+        ({"text": "tokenize('stiky')"}, "tokenize: eos='stiky' is none of sticky, yes, none"),
+        (
+            {"text": "tokenize(pad_id=259)"},
+            "pad_id=259 is not an id of the tokenizer, which has 25",
+        ),
+        ({"text": "tokenize(pad_id=-1)"}, "pad_id=-1 is not an id"),
     ],
 )
 def test_values_out_of_range_are_refused(given, told):
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=told) as error:
         preprocess(**given)
+    assert "\n" not in str(error.value)

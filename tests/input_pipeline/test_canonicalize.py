@@ -1,6 +1,6 @@
 import pytest
 
-from evaluators.canonicalize import canonicalize_text
+from input_pipeline.canonicalize import canonicalize_text
 
 
 @pytest.mark.parametrize(

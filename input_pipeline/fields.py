@@ -1,0 +1,27 @@
+"""Steps of config.input.fields: what of an example goes into the batch beside image and text."""
+
+from typing import Any
+
+import numpy as np
+
+
+def keep(extra: dict[str, Any], example: dict[str, Any], *, name: str) -> dict[str, Any]:
+    """A number, or an array of fixed shape, of the example, such as its label."""
+    if name not in example:
+        raise ValueError(f"the examples of this source have no {name!r}, only {sorted(example)}")
+    value = np.asarray(example[name])
+    if value.dtype.kind not in "biuf":
+        raise ValueError(f"{name!r} is no number ({value.dtype}), which a batch cannot hold")
+    return {**extra, name: value}
+
+
+def rename(extra: dict[str, Any], example: dict[str, Any], *, old: str, new: str) -> dict[str, Any]:
+    """A field that was kept, under another name."""
+    if old not in extra:
+        raise ValueError(f"{old!r} is not kept, so it cannot be renamed; there are {sorted(extra)}")
+    if new in ("image", "text", "mask", "bad", "position", "index"):
+        raise ValueError(f"{new!r} is a name that every batch has")
+    return {new if key == old else key: value for key, value in extra.items()}
+
+
+FIELD_OPS = {"keep": keep, "rename": rename}

@@ -1,0 +1,139 @@
+"""Several sources as one: by weight, or the languages of one by temperature."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from input_pipeline.errors import UserError
+from input_pipeline.order import Pattern, order_of
+
+
+class Mixture:
+    """The parts one after another; in training as often as their weights say, each in its own
+    epochs. A small part with a large weight is seen in more epochs than the others.
+
+    Args:
+      parts: name -> source.
+      weights: of the parts, in their order; any positive numbers.
+
+    Raises:
+      UserError: there is no part, a part is empty, or a weight is out of range.
+    """
+
+    class_names = None  # labels of different sources mean different things
+
+    def __init__(self, parts: Mapping[str, Any], weights: tuple[float, ...]):
+        for name, part in parts.items():
+            if not len(part):
+                raise UserError(f"{name} of the mixture has no examples")
+        try:
+            self._pattern = Pattern(weights)
+        except ValueError as error:
+            raise UserError(f"mixture of {', '.join(parts) or 'nothing'}: {error}") from error
+        self.names, self._parts = list(parts), list(parts.values())
+        self.shares = {
+            name: count / Pattern.PERIOD for name, count in zip(self.names, self._pattern.counts)
+        }
+        self._starts = np.concatenate([[0], np.cumsum([len(part) for part in self._parts])])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        part, inside = self._find(i)
+        return {"source": self.names[part], **self._parts[part][inside]}
+
+    def identity(self, i: int) -> int:
+        """The same number for the same example."""
+        part, inside = self._find(i)
+        return int(self._starts[part]) + identity(self._parts[part], inside)
+
+    def order(self, seed: int) -> "_MixedOrder":
+        # Each part has a seed of its own: two copies of a source are not in step.
+        seeds = np.random.SeedSequence(seed).generate_state(len(self._parts))
+        orders = [order_of(part, int(seed)) for part, seed in zip(self._parts, seeds)]
+        return _MixedOrder(self._pattern, orders, self._starts)
+
+    def _find(self, i: int) -> tuple[int, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        part = int(np.searchsorted(self._starts, i, "right")) - 1
+        return part, i - int(self._starts[part])
+
+
+class _MixedOrder:
+    def __init__(self, pattern: Pattern, orders: list, starts: np.ndarray):
+        self._pattern, self._orders, self._starts = pattern, orders, starts
+
+    def __getitem__(self, position: int) -> int:
+        part, inside = self._pattern[position]
+        return int(self._starts[part]) + self._orders[part][inside]
+
+
+class OneLanguage:
+    """The examples of a source that have a text in a language, with those texts alone."""
+
+    class_names = None
+
+    def __init__(self, source: Any, language: str, indices: np.ndarray):
+        self._source, self._language, self._indices = source, language, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        example = self._source[int(self._indices[i])]
+        wanted = [k for k, tag in enumerate(example["languages"]) if tag == self._language]
+        parallel = {
+            key: example[key] for key in ("texts", "languages", "weights") if key in example
+        }
+        return {**example, **{k: [v[w] for w in wanted] for k, v in parallel.items()}}
+
+    def identity(self, i: int) -> int:
+        return identity(self._source, int(self._indices[i]))
+
+
+class Languages(Mixture):
+    """A source with its languages balanced: language l, in n_l examples, has a share of the stream
+    that is proportional to n_l ** (1 / temperature). 1: as they come; large: all alike. As in
+    multilingual BERT and XLM-R (arXiv:1911.02116, their exponent is 1 / temperature).
+
+    An example with texts in several languages is one example of each.
+
+    Raises:
+      UserError: the source tells no languages, or temperature is not positive.
+    """
+
+    def __init__(self, source: Any, temperature: float):
+        if not temperature > 0:
+            raise UserError(
+                f"config.input.language_temperature={temperature} must be above 0 "
+                "(1: languages as often as they come; 100: nearly all alike)"
+            )
+        found = source.by_language() if hasattr(source, "by_language") else {}
+        if not found:
+            raise UserError(
+                "config.input.language_temperature is set, but this source has no languages; "
+                "leave it unset, or name where the language stands (`language`, `language_column`)"
+            )
+        counts = {language: len(indices) for language, indices in sorted(found.items())}
+        largest = max(counts.values())
+        super().__init__(
+            {tag: OneLanguage(source, tag, found[tag]) for tag in counts},
+            tuple((count / largest) ** (1 / temperature) for count in counts.values()),
+        )
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        example = super().__getitem__(i)
+        del example["source"]  # the parts are languages, not sources
+        return example
+
+    def identity(self, i: int) -> int:
+        part, inside = self._find(i)
+        return identity(self._parts[part], inside)  # one source, whatever the language
+
+
+def identity(source: Any, i: int) -> int:
+    """The same number for the same example of a source, under whatever index it is met."""
+    return source.identity(i) if hasattr(source, "identity") else i

@@ -1,0 +1,62 @@
+"""Steps of config.input.text: plain functions from a caption to a caption, the last to tokens."""
+
+import dataclasses
+import unicodedata
+from typing import Any
+
+import numpy as np
+
+from input_pipeline import canonicalize as spelling
+from input_pipeline.tokenizers import EOS_MODES, pad_to_length
+
+
+@dataclasses.dataclass(frozen=True)
+class To:
+    """What a text becomes: token_len ids of a tokenizer."""
+
+    tokenizer: Any
+    token_len: int
+
+
+def lower(text: str, to: To) -> str:
+    """Lower case, as all released models were trained."""
+    return text.lower()
+
+
+def strip(text: str, to: To) -> str:
+    """Runs of white space become one space, none at the ends."""
+    return " ".join(text.split())
+
+
+def nfkc(text: str, to: To) -> str:
+    """Unicode's compatible composed form: full-width letters, ligatures, separate accents."""
+    return unicodedata.normalize("NFKC", text)
+
+
+def canonicalize(text: str, to: To) -> str:
+    """Lower case, no ASCII punctuation, single spaces."""
+    return spelling.canonicalize_text(text)
+
+
+def tokenize(text: str, to: To, *, eos: str = "sticky", pad_id: int | None = None) -> np.ndarray:
+    """int32 [token_len]. eos: 'sticky', 'yes' or 'none', see tokenizers.pad_to_length. pad_id: the
+    id that fills a text up; None: the EOS id, as in SigLIP v1. SigLIP 2 has 0."""
+    tokenizer = to.tokenizer
+    if eos not in EOS_MODES:
+        raise ValueError(f"eos={eos!r} is none of {', '.join(EOS_MODES)}")
+    pad: int = tokenizer.eos_id if pad_id is None else pad_id
+    if not 0 <= pad < tokenizer.vocab_size:
+        raise ValueError(
+            f"pad_id={pad} is not an id of the tokenizer, which has {tokenizer.vocab_size}"
+        )
+    ids = tokenizer.encode(text)
+    return pad_to_length(ids, to.token_len, eos_id=tokenizer.eos_id, pad_id=pad, eos=eos)
+
+
+TEXT_OPS = {
+    "lower": lower,
+    "strip": strip,
+    "nfkc": nfkc,
+    "canonicalize": canonicalize,
+    "tokenize": tokenize,
+}

@@ -1,0 +1,66 @@
+"""Positions to examples: permutations, blocks, mixtures, all without memory of what went before."""
+
+import time
+
+import numpy as np
+import pytest
+
+from input_pipeline.order import BlockEpochs, Epochs, Pattern
+
+
+@pytest.mark.parametrize("sizes", [[5], [3, 1, 4, 1, 5, 9, 2, 6], [2] * 11])
+@pytest.mark.parametrize("window", [1, 2, 3, 20])
+def test_every_epoch_of_blocks_is_a_permutation_of_all_examples(sizes, window):
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    order, n = BlockEpochs(starts, window, seed=3), sum(sizes)
+    epochs = [[order[e * n + i] for i in range(n)] for e in range(6)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(n))
+    if n > 5:
+        assert len({tuple(epoch) for epoch in epochs}) == 6
+
+
+def test_no_more_than_a_window_of_blocks_is_read_at_a_time():
+    starts = np.arange(0, 1001, 10)
+    order = BlockEpochs(starts, 4, seed=0)
+    for epoch in range(2):
+        blocks = np.array([order[epoch * 1000 + i] // 10 for i in range(1000)])
+        for window in blocks.reshape(-1, 40):
+            assert len(set(window)) == 4
+            assert len(set(window[:12])) > 1  # and they are mixed
+    assert [order[i] for i in range(40)] != [order[1000 + i] for i in range(40)]
+
+
+def test_blocks_in_any_order_of_asking():
+    order = BlockEpochs(np.array([0, 7, 9, 20]), 2, seed=0)
+    forward = [order[i] for i in range(200)]
+    other = BlockEpochs(np.array([0, 7, 9, 20]), 2, seed=0)
+    assert [other[i] for i in reversed(range(200))] == forward[::-1]
+
+
+@pytest.mark.parametrize("weights", [[1], [0.8, 0.2], [3, 5, 1.5], [0, 1], [1] * 7, [1e-3, 1.0]])
+def test_any_stretch_of_a_pattern_has_the_shares_of_the_weights(weights):
+    pattern = Pattern(weights)
+    parts, places = map(np.array, zip(*(pattern[i] for i in range(3 * Pattern.PERIOD))))
+    share = np.array(weights) / np.sum(weights)
+    for start, length in ((0, 100), (5000, 1000), (9990, 20), (0, 3 * Pattern.PERIOD)):
+        counts = np.bincount(parts[start : start + length], minlength=len(weights))
+        assert np.abs(counts - share * length).max() <= len(weights) + 1 + length / Pattern.PERIOD
+    for part in range(len(weights)):  # each part's stream without a gap
+        mine = places[parts == part]
+        np.testing.assert_array_equal(mine, np.arange(len(mine)))
+
+
+@pytest.mark.parametrize("weights", [[], [0, 0], [-1, 2], [float("nan")], [1, 1e-9]])
+def test_weights_that_are_none_are_refused(weights):
+    with pytest.raises(ValueError):
+        Pattern(weights)
+
+
+def test_a_position_far_away_costs_what_the_first_one_costs():
+    """10^9 positions one after another would take a quarter of an hour."""
+    for order in (Epochs(1000, 0), BlockEpochs(np.arange(0, 1001, 10), 4, 0), Pattern([1, 2])):
+        begin = time.monotonic()
+        for i in range(10**9, 10**9 + 100):
+            order[i]
+        assert time.monotonic() - begin < 5
