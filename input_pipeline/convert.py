@@ -13,6 +13,7 @@ Killed? Run the same command again: shards that are whole stay.
 import argparse
 import ast
 import concurrent.futures
+import contextlib
 import datetime
 import glob
 import importlib.util
@@ -29,8 +30,9 @@ import struct
 import sys
 import tarfile
 import time
+import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
@@ -194,8 +196,9 @@ class Conversion:
             key: sum(report[key] for report in reports) for key in ("labels", "languages", "mixed")
         }
         has = {"label": total["labels"] == written, "language": total["languages"] == written}
-        if 0 < total["labels"] < written:
-            lines.append(f"only {total['labels']} of them have a label")
+        for what in ("labels", "languages"):
+            if 0 < total[what] < written:
+                lines.append(f"only {total[what]} of them have {what}")
         if total["mixed"] and self.to in ("webdataset", "files"):
             has["language"] = False
             lines.append("the language of each caption is in `languages`, which is not read back")
@@ -281,30 +284,33 @@ def _suffix(image: bytes) -> str:
 
 
 def _write_array_record(path: pathlib.Path, rows: Iterator[Row], class_names: Any) -> None:
-    written = 0
-    # Records that are compressed one by one: a group would be read for each of its records.
+    with _records(path) as write:
+        for row in rows:
+            example = Example()
+            feature = example.features.feature
+            feature["image"].bytes_list.value.append(row.image)
+            feature["id"].bytes_list.value.append(row.id.encode("utf-8", "replace"))
+            feature["caption"].bytes_list.value.extend(text.encode() for text in row.texts)
+            if row.languages:
+                feature["language"].bytes_list.value.extend(tag.encode() for tag in row.languages)
+            if row.label is not None:
+                feature["label"].int64_list.value.append(row.label)
+            write(example.SerializeToString(deterministic=True))
+
+
+@contextlib.contextmanager
+def _records(path: pathlib.Path) -> Iterator[Callable[[bytes], None]]:
+    """Writes records to a file, one compressed by one: of a group, all are read for each.
+
+    Raises:
+      OSError: the disk is full, say.
+    """
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-    for row in rows:
-        example = Example()
-        feature = example.features.feature
-        feature["image"].bytes_list.value.append(row.image)
-        feature["id"].bytes_list.value.append(row.id.encode("utf-8", "replace"))
-        feature["caption"].bytes_list.value.extend(text.encode() for text in row.texts)
-        if row.languages:
-            feature["language"].bytes_list.value.extend(tag.encode() for tag in row.languages)
-        if row.label is not None:
-            feature["label"].int64_list.value.append(row.label)
-        writer.write(example.SerializeToString(deterministic=True))
-        written += 1
-    writer.close()
-    _check_records(path, written)
-
-
-def _check_records(path: pathlib.Path, count: int) -> None:
-    """The library's writer does not say when the disk is full."""
-    reader = array_record_module.ArrayRecordReader(str(path))
-    if not reader.ok() or reader.num_records() != count:
-        raise OSError(f"{path} was not written as a whole; is the disk full?")
+    try:
+        yield writer.write
+        writer.close()  # here the library says that it failed
+    except RuntimeError as error:
+        raise OSError(one_line(error)) from error
 
 
 def _write_parquet(path: pathlib.Path, rows: Iterator[Row], class_names: Any) -> None:
@@ -506,7 +512,8 @@ def _value(setting: str, text: str, kind: Any) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
-    kinds = tuple(typing.get_origin(one) or one for one in typing.get_args(kind) or (kind,))
+    several = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    kinds = tuple(typing.get_origin(one) or one for one in several)
     if isinstance(value, kinds):
         return value
     if float in kinds and isinstance(value, int):
@@ -603,20 +610,17 @@ def _copy_records(file: pathlib.Path, target: pathlib.Path, count: int, progress
         progress.step(count)
         return
     part = target.with_name(f".{target.name}.part")
-    writer = array_record_module.ArrayRecordWriter(str(part), "group_size:1")
     written = 0
-    with file.open("rb") as records:
+    with _records(part) as write, file.open("rb") as records:
         for record in _tfrecords(records, file):
-            writer.write(record)
+            write(record)
             written += 1
             progress.step()
-    writer.close()
     if written != count:
         raise UserError(
             f"{file} has {written} records, but dataset_info.json says {count}; "
             "copy or prepare the data set again"
         )
-    _check_records(part, count)
     os.replace(part, target)
 
 

@@ -120,10 +120,12 @@ def _one(source: Any, preprocess: Any) -> dict[str, Any]:
     is bad, a run would see nothing else."""
     bad, tries = Bad(), min(TRIES, len(source))
     for i in range(tries):
+        example: dict[str, Any] = {}
         try:
-            return preprocess.example(source[i * len(source) // tries], np.random.default_rng(0))
+            example = source[i * len(source) // tries]
+            return preprocess.example(example, np.random.default_rng(0))
         except BadExample as error:
-            bad.record(error)
+            bad.record(error, example.get("id", ""), example.get("shard", ""))
     kinds = ", ".join(f"{count} {kind}" for kind, count in bad.kinds().items())
     raise UserError(
         f"none of {tries} examples from all over the source can be used ({kinds}); {bad.worst()}"

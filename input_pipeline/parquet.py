@@ -175,8 +175,8 @@ class Parquet:
                 raise UserError(f"{blob.path} cannot be read: {one_line(error)}") from error
             return f"row group {group}: {one_line(error)}"
         rows = int(self.blocks[block + 1] - self.blocks[block])
-        if table.num_rows != rows:
-            return f"row group {group}: {table.num_rows} rows instead of {rows}"
+        if table.num_rows != rows or not {*columns} <= {*table.column_names}:
+            return f"row group {group}: it is not what it was when the file was opened"
         return table
 
     def _example(self, table: pa.Table, row: int, path: str) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def _step(node: ast.expr, functions: Mapping[str, Callable], key: str) -> tuple[
     options = [
         p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
     ]
-    usage = f"{name.id}({', '.join(f'{p.name}={p.default!r}' if p.default is not p.empty else p.name for p in options)})"
+    shown = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in options]
+    usage = f"{name.id}({', '.join(shown)})"
     given: dict[str, Any] = {}
     for place, argument in enumerate(call.args if call else []):
         if place >= len(options):

@@ -1,6 +1,7 @@
 """Rows of Parquet files, by row group."""
 
 import concurrent.futures
+import contextlib
 import io
 import json
 import re
@@ -72,7 +73,7 @@ def counted(monkeypatch):
     return decoded
 
 
-@pytest.mark.parametrize("place", ["{}", "memory://parquet{}"])
+@pytest.mark.parametrize("place", ["{}", "memory:///parquet{}"])
 def test_examples_are_what_was_written_in_the_order_of_the_files(tmp_path, place):
     folder = place.format(tmp_path)
     for k, (start, stop) in enumerate([(0, 25), (25, 25), (25, 38)]):
@@ -149,6 +150,7 @@ def test_several_columns_of_captions_share_the_draws_by_their_weights(tmp_path):
     more = {
         "alt": pa.array([["x", "y"], ["x", ""], [], ["x"]]),
         "tongues": pa.array([["de", "fr", "en"], ["de", "en", "en"], ["de"], None]),
+        "wide_language": pa.array(["cs"] * 4),
     }
     path = write(tmp_path / "t.parquet", columns(0, 4, **more))
     pairs = (("alt", 0.6), ("caption", 0.4))
@@ -159,6 +161,8 @@ def test_several_columns_of_captions_share_the_draws_by_their_weights(tmp_path):
     assert source[1]["weights"] == [0.6, 0.4] and source[1]["languages"] == ["de", "en"]
     assert source[2]["weights"] == [0.4] and source[2]["languages"] == ["de"]
     assert source[3]["languages"] == ["", ""]
+    same = Parquet(path=path, text=pairs, language="wide_language")
+    assert same[0]["languages"] == ["cs"] * 3
     assert {k: v.tolist() for k, v in source.by_language().items()} == {
         "de": [0, 1, 2],
         "en": [0, 1],
@@ -167,19 +171,19 @@ def test_several_columns_of_captions_share_the_draws_by_their_weights(tmp_path):
 
 
 def test_languages_of_rows_are_found_by_reading_their_column_alone(tmp_path, monkeypatch):
-    tongues = [["de", "en", None][i % 3] for i in range(25)]
+    tongues = [["de", "en", None, ""][i % 4] for i in range(25)]
     for array in (pa.array(tongues), pa.array(tongues).dictionary_encode()):
         path = write(tmp_path / "t.parquet", columns(0, 25, lang=array))
         source = Parquet(path=path, language="lang")
-        assert source[3]["languages"] == ["de"] and source[2]["languages"] == [""]
+        assert source[4]["languages"] == ["de"] and source[2]["languages"] == [""]
         with monkeypatch.context() as patch:
             decoded = counted(patch)
             found = source.by_language()
             assert found is source.by_language()
         assert sorted(decoded) == [(group, ["lang"]) for group in range(3)]
         assert {k: v.tolist() for k, v in found.items()} == {
-            "de": [*range(0, 25, 3)],
-            "en": [*range(1, 25, 3)],
+            "de": [*range(0, 25, 4)],
+            "en": [*range(1, 25, 4)],
         }
         assert found["de"].dtype == np.int64
     assert Parquet(path=path).by_language() == {}
@@ -227,16 +231,34 @@ def test_two_windows_of_row_groups_are_kept_and_no_more(tmp_path, monkeypatch):
     for i in (0, 10, 20, 30, 0, 10, 20, 30):
         source[i]
     assert [group for group, _ in decoded] == [0, 1, 2, 3]
-    source[40]  # takes the place of group 0, the longest unused
-    for i in (10, 20, 30, 0):
+    source[0]
+    source[40]  # takes the place of group 1, the longest unused
+    for i in (0, 20, 30, 10):
         source[i]
-    assert [group for group, _ in decoded] == [0, 1, 2, 3, 4, 0]
+    assert [group for group, _ in decoded] == [0, 1, 2, 3, 4, 1]
 
 
 def test_footers_beyond_the_limit_are_read_again(tmp_path, monkeypatch):
+    path = write(tmp_path / "t.parquet", columns(0, 30))
+    assert Parquet(path=path)._footers != [None]
     monkeypatch.setattr("input_pipeline.parquet.MOST_FOOTERS", 0)
-    source = Parquet(path=write(tmp_path / "t.parquet", columns(0, 30)))
+    source = Parquet(path=path)
+    assert source._footers == [None]
     assert [source[i]["image"] for i in range(30)] == [image(i) for i in range(30)]
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+def test_a_file_that_is_replaced_is_damaged(tmp_path, monkeypatch, kept):
+    monkeypatch.setattr("input_pipeline.parquet.MOST_FOOTERS", kept)
+    path = tmp_path / "t.parquet"
+    other = {"image": columns(0, 10)["image"], "text": pa.array(["a"] * 10)}
+    for replacement in (columns(0, 5), columns(0, 15), other):
+        source = Parquet(path=write(path, columns(0, 30)))
+        write(path, replacement)
+        assert bad(source, 25).kind == "damaged record"
+        for i in (9, 12):
+            with contextlib.suppress(BadExample):
+                assert source[i]["image"] == image(i)
 
 
 def test_a_damaged_page_spoils_its_row_group_alone(tmp_path, monkeypatch):

@@ -151,17 +151,18 @@ def cut(monkeypatch):
 def test_random_resized_crop_is_of_the_shares_and_ratios_asked_for(cut):
     shares, ratios, tops, lefts = [], [], set(), set()
     for seed in range(400):
-        crop = cut(PLACE, rng(seed), 16, (0.2, 0.5), (0.5, 2.0))
+        crop = cut(PLACE, rng(seed), 16, (0.2, 0.4), (0.5, 1.0))
         top, left = corner(crop)
         shares.append(crop.shape[0] * crop.shape[1] / (H * W))
         ratios.append(crop.shape[1] / crop.shape[0])
         tops.add(top)
         lefts.add(left)
-    assert 0.19 < min(shares) < 0.21 and 0.49 < max(shares) < 0.51
-    assert 0.33 < np.mean(shares) < 0.37
-    assert 0.49 < min(ratios) < 0.53 and 1.9 < max(ratios) < 2.05
-    assert abs(np.mean(np.log(ratios))) < 0.06  # as often wide as high
-    assert len(tops) > 50 and len(lefts) > 60
+    assert 0.19 < min(shares) < 0.21 and 0.39 < max(shares) < 0.41
+    assert 0.29 < np.mean(shares) < 0.31
+    assert 0.48 < min(ratios) < 0.52 and 0.98 < max(ratios) < 1.02
+    assert abs(np.mean(np.log2(ratios)) + 0.5) < 0.04
+    assert min(tops) == min(lefts) == 0 and len(tops) > 40 and len(lefts) > 70
+    assert max(tops) > 50 and max(lefts) > 95  # of H - 60 and W - 42
 
 
 def test_random_resized_crop_has_the_usual_ranges_and_the_size_asked_for(cut, monkeypatch):
@@ -178,6 +179,7 @@ def test_random_resized_crop_has_the_usual_ranges_and_the_size_asked_for(cut, mo
 def test_random_resized_crop_of_a_line_is_the_line(cut):
     line = noise(1, 100)
     np.testing.assert_array_equal(cut(line, rng(), 16, (0.9, 1.0)), line)
+    assert all(cut(noise(2, 1), rng(seed), 16).size for seed in range(50))  # never nothing
 
 
 def test_random_numbers_decide_all_crops():
