@@ -210,7 +210,13 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     ):
         local = positions.local
         chunk = max(size for size in range(1, min(local, CHUNK) + 1) if local % size == 0)
-        chunks = grain.MapDataset.source(positions).map(row).batch(chunk)
+
+        def make(index: int) -> dict[str, np.ndarray]:
+            rows = [row(positions[index * chunk + i]) for i in range(chunk)]
+            return {key: np.stack([made[key] for made in rows]) for key in rows[0]}
+
+        # Grain sees chunks alone: what it does for an element costs as much as a small image.
+        chunks = grain.MapDataset.range(len(positions) // chunk).map(make)
         # Grain counts in elements, here chunks; its default of 500 could be too many for memory.
         waiting = max(prefetch * local // chunk, num_threads)
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=waiting)
