@@ -15,10 +15,24 @@ A source is a class whose keyword-only settings are config keys, with
 * `damage` (optional): (kind, file) -> samples that were left out while opening.
 """
 
-from input_pipeline import emoji, files, grocery, memory, scenes, tfds, tokenizers
+from input_pipeline import (
+    array_record,
+    emoji,
+    files,
+    grocery,
+    memory,
+    parquet,
+    scenes,
+    tfds,
+    tokenizers,
+    webdataset,
+)
 
 SOURCES = {
     "files": files.Files,
+    "webdataset": webdataset.WebDataset,
+    "parquet": parquet.Parquet,
+    "array_record": array_record.ArrayRecord,
     "tfds": tfds.Tfds,
     "memory": memory.Memory,
     "scenes": scenes.Scenes,

@@ -1,5 +1,5 @@
-"""ArrayRecord files of tf.train.Example records, as TFDS and convert.py write them, without
-TensorFlow."""
+"""ArrayRecord files of tf.train.Example records, as TFDS and input_pipeline.convert write
+them, without TensorFlow."""
 
 import hashlib
 import os
@@ -16,9 +16,9 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_generated_pb2 as tf_example
 
+from input_pipeline.columns import captions, in_threads, weighted_names
 from input_pipeline.errors import BadExample, UserError
 from input_pipeline.nearest import nearest
-from input_pipeline.parquet import captions, in_threads, weighted_names
 from input_pipeline.storage import Blob, expand, is_file, is_url, join, one_line, parent, read
 
 CACHE = "~/.cache/siglip-jax"
@@ -43,7 +43,7 @@ class ArrayRecord:
         how often it is drawn: (('caption', 0.7), ('alt_text', 0.3)). '': none, which is enough for
         classification.
       label: a feature of one integer, the class. class_names are the lines of <label>.labels.txt
-        beside the first file, where TFDS and convert.py write it. '': none.
+        beside the first file, where TFDS and input_pipeline.convert write it. '': none.
       language: the language of the captions, or one for each of them. '': not known.
       cache: the folder for copies of files behind URLs, which are made at the start and stay; '':
         array_record in ~/.cache/siglip-jax.

@@ -1,4 +1,5 @@
-"""Text -> ids. Every tokenizer has vocab_size, eos_id and encode(text) -> ids without specials."""
+"""Text -> ids. Every tokenizer has vocab_size, eos_id, encode(text) -> ids without specials, and
+decode(ids) -> text, for people."""
 
 import os
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ class Bytes:
 
     def encode(self, text: str) -> list[int]:
         return [byte + 3 for byte in text.encode("utf-8")]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i - 3 for i in ids if i >= 3).decode("utf-8", "replace")
 
 
 class SentencePiece:
@@ -58,6 +62,9 @@ class SentencePiece:
 
     def encode(self, text: str) -> list[int]:
         return self._processor.EncodeAsIds(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.DecodeIds([int(i) for i in ids])
 
 
 class HuggingFace:
@@ -95,6 +102,9 @@ class HuggingFace:
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids])
 
 
 def _check_file(path: str, name: str, what: str) -> None:

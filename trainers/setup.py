@@ -47,11 +47,10 @@ def make_setup(config: Any) -> Setup:
     """Raises UserError where values of the config do not fit each other."""
     with mistakes_of("mesh"):
         mesh = make_mesh(**without(config.mesh, "cpu_devices"))
-    tokenizer = chosen(TOKENIZERS, config.input.tokenizer)
-    preprocess = make_preprocess(
-        tokenizer,
-        **without(config.input, *INPUT_KEYS),
-    )
+    preprocess = make_input(config)
+    if preprocess.patches:
+        raise UserError("config.input.image ends in naflex, but this image tower takes squares")
+    tokenizer = preprocess.tokenizer
     blocks = without(config.model)
     vocab_size = blocks["txt"].get("vocab_size") or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
@@ -66,6 +65,12 @@ def make_setup(config: Any) -> Setup:
     with mistakes_of("loss"):
         loss_fn = siglip.LOSSES[config.loss.name](mesh, **without(config.loss, "name"))
     return Setup(config, mesh, preprocess, model, loss_fn)
+
+
+def make_input(config: Any) -> Preprocess:
+    """The preprocessing of config.input."""
+    tokenizer = chosen(TOKENIZERS, config.input.tokenizer)
+    return make_preprocess(tokenizer, **without(config.input, *INPUT_KEYS))
 
 
 MIXTURE = "mixture"  # as input.source.name: the sources of input.mixture

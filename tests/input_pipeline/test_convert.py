@@ -23,8 +23,10 @@ from PIL import Image
 from tensorboardX.record_writer import masked_crc32c
 
 import input_pipeline
-from input_pipeline import convert, storage
+from input_pipeline import storage
 from input_pipeline.array_record import ArrayRecord
+from input_pipeline.convert import __main__ as command
+from input_pipeline.convert import conversion, tfds_files, writers
 from input_pipeline.emoji import Emoji
 from input_pipeline.errors import BadExample, UserError
 from input_pipeline.files import Files
@@ -49,7 +51,7 @@ def indexes(tmp_path, monkeypatch):
 
 def run(capsys, *argv):
     """(exit code, lines on stdout, stderr)."""
-    code = convert.main([str(word) for word in argv])
+    code = command.main([str(word) for word in argv])
     out = capsys.readouterr()
     return code, out.out.splitlines(), out.err
 
@@ -89,7 +91,7 @@ def write_pairs(folder, count=7, **more):
     return folder / "t.jsonl"
 
 
-@pytest.mark.parametrize("to", convert.WRITERS)
+@pytest.mark.parametrize("to", writers.WRITERS)
 def test_every_format_holds_the_same_examples(shared_data, tmp_path, capsys, to):
     folder = shared_data / "emoji_tiny"
     words = ["--to", to, "emoji", f"data_dir={folder}", "languages='en','de'"]
@@ -145,9 +147,9 @@ def test_shards_that_are_lost_are_made_again(tmp_path, capsys):
 
 
 def test_a_file_that_cannot_be_written_is_told(tmp_path):
-    rows = iter([convert.Row(0, b"i", "png", ["a"], [], None, "a", False)])
+    rows = iter([writers.Row(0, b"i", "png", ["a"], [], None, "a", False)])
     with pytest.raises(OSError, match="no folder"):
-        convert._write_array_record(tmp_path / "no folder" / "x", rows, None)
+        writers.WRITERS["array_record"](tmp_path / "no folder" / "x", rows, None)
 
 
 def test_a_damaged_page_of_a_copy_is_noticed(tmp_path, capsys):
@@ -164,8 +166,8 @@ def test_class_names_and_formats_that_a_target_cannot_hold(tmp_path, capsys, mon
     ppm = b"P6 1 1 255 abc"
     names = ["ant\nworker", "bee"]
     source = Memory(images=[ppm, png(1)], texts=[[], []], labels=[0, 1], class_names=names)
-    monkeypatch.setattr(convert, "make_source", lambda words: source)
-    for to in convert.WRITERS:
+    monkeypatch.setattr(command, "make_source", lambda words: source)
+    for to in writers.WRITERS:
         _, lines, _ = run(capsys, "--to", to, "memory", "--out", tmp_path / to)
         copy = opened(lines)
         if to == "webdataset":
@@ -252,19 +254,19 @@ def broken(monkeypatch):
     images = [png(i) for i in range(8)]
     images[3], images[7] = b"", b"no image at all"
     source = Broken(images=images, texts=[f"text {i}" for i in range(8)])
-    monkeypatch.setattr(convert, "make_source", lambda words: source)
+    monkeypatch.setattr(command, "make_source", lambda words: source)
     return source
 
 
-@pytest.mark.parametrize("to", convert.WRITERS)
+@pytest.mark.parametrize("to", writers.WRITERS)
 def test_a_conversion_that_was_killed_goes_on(tmp_path, capsys, monkeypatch, broken, to):
     words = ["--to", to, "broken", "--out", tmp_path / "out", "--shard_examples", 2]
     code, out, error = run(capsys, *words)
     assert code == 85 and "run the same command again" in error and not out
     written = []
-    writer = convert.WRITERS[to]
+    writer = writers.WRITERS[to]
     monkeypatch.setitem(
-        convert.WRITERS, to, lambda path, *rest: (written.append(path.name), writer(path, *rest))
+        writers.WRITERS, to, lambda path, *rest: (written.append(path.name), writer(path, *rest))
     )
     monkeypatch.setattr(Broken, "fails", False)
     code, lines, error = run(capsys, *words)
@@ -289,7 +291,7 @@ def test_a_conversion_that_was_killed_goes_on(tmp_path, capsys, monkeypatch, bro
 def test_arrays_become_png_and_examples_need_texts_or_a_label(tmp_path, capsys, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), np.uint8)
     source = Memory(images=pixels, texts=[["a"], ["\ud800"], []])
-    monkeypatch.setattr(convert, "make_source", lambda words: source)
+    monkeypatch.setattr(command, "make_source", lambda words: source)
     code, lines, _ = run(capsys, "--to", "parquet", "memory", "--out", tmp_path / "out")
     assert code == 0 and lines[2:4] == [
         "  memory/1: caption not UTF-8: 'utf-8' codec can't encode character '\\ud800' in "
@@ -309,8 +311,8 @@ def test_labels_that_only_some_have_are_told_and_not_configured(tmp_path, capsys
             return {**super().__getitem__(i), **({"label": 1} if i else {})}
 
     source = Some(images=[png(0), png(1)], texts=["a", "b"])
-    monkeypatch.setattr(convert, "make_source", lambda words: source)
-    for to in convert.WRITERS:
+    monkeypatch.setattr(command, "make_source", lambda words: source)
+    for to in writers.WRITERS:
         _, lines, _ = run(capsys, "--to", to, "memory", "--out", tmp_path / to)
         assert "only 1 of them have labels" in lines
         assert len(examples(opened(lines))) == 2
@@ -324,7 +326,7 @@ def test_labels_that_only_some_have_are_told_and_not_configured(tmp_path, capsys
 def test_suffixes_follow_the_first_bytes(suffix, format):
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, format)
-    assert convert._suffix(file.getvalue()) == suffix
+    assert conversion._suffix(file.getvalue()) == suffix
 
 
 def test_weights_are_said_to_be_lost(tmp_path, capsys, monkeypatch):
@@ -345,14 +347,14 @@ def test_settings_are_of_the_type_that_the_source_wants(tmp_path, monkeypatch):
                      pairs: tuple[tuple[str, float], ...] = ()):  # fmt: skip
             self.given = path, n, p, some, pairs
 
-    monkeypatch.setattr("input_pipeline.SOURCES", {"s": Source})
+    monkeypatch.setattr(command, "SOURCES", {"s": Source})
     words = ["s", "path=2024", "n=3", "p=1", "some=('a', 1.0)", "pairs=(('a', 1.0),)"]
-    assert convert.make_source(words).given == ("2024", 3, 1.0, ("a", 1.0), (("a", 1.0),))
+    assert command.make_source(words).given == ("2024", 3, 1.0, ("a", 1.0), (("a", 1.0),))
     words = ["s", "path='2024'", "some=train[:9%]"]
-    assert convert.make_source(words).given == ("2024", 1, 0.5, "train[:9%]", ())
+    assert command.make_source(words).given == ("2024", 1, 0.5, "train[:9%]", ())
     for pair in ("n=x", "n=1.5", "p=x", "pairs=x"):
         with pytest.raises(UserError, match=f"^{pair} is not of type"):
-            convert.make_source(["s", "path=x", pair])
+            command.make_source(["s", "path=x", pair])
 
 
 def test_mistakes(tmp_path, capsys):
@@ -397,11 +399,11 @@ def test_mistakes(tmp_path, capsys):
 
 def test_the_command(tmp_path):
     table = write_pairs(tmp_path / "in")
-    command = [sys.executable, "-m", "input_pipeline.convert"]
+    python = [sys.executable, "-m", "input_pipeline.convert"]
     words = ["--to", "array_record", "files", f"path={table}", "split=x", "--out", "out"]
-    env = {"PYTHONPATH": str(pathlib.Path(convert.__file__).parents[1]), "PATH": "/usr/bin"}
+    env = {"PYTHONPATH": str(pathlib.Path(command.__file__).parents[2]), "PATH": "/usr/bin"}
     done = subprocess.run(
-        command + words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        python + words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "7/7 examples" in done.stderr and "left" in done.stderr
@@ -494,7 +496,7 @@ def test_tfds_files_become_array_record_with_equal_examples(
 
 
 def test_tfds_files_go_on_after_a_kill(as_tfrecord, tmp_path, capsys, monkeypatch):
-    read, opened_files = convert._tfrecords, []
+    read, opened_files = tfds_files._tfrecords, []
 
     def killed(file, path):
         opened_files.append(path.name)
@@ -502,7 +504,7 @@ def test_tfds_files_go_on_after_a_kill(as_tfrecord, tmp_path, capsys, monkeypatc
             raise KeyboardInterrupt
         return read(file, path)
 
-    monkeypatch.setattr(convert, "_tfrecords", killed)
+    monkeypatch.setattr(tfds_files, "_tfrecords", killed)
     words = ["tfds-files", as_tfrecord, "--out", tmp_path / "new"]
     assert run(capsys, *words)[0] == 85
     with pytest.raises(UserError, match="is not prepared"):  # half of it does not pass for all

@@ -1,0 +1,1 @@
+"""Copies data sets into other formats."""

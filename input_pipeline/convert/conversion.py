@@ -1,0 +1,314 @@
+"""A source into shards, one after another: what is left out, what an interrupted run left, and
+what is told in the end."""
+
+import concurrent.futures
+import datetime
+import glob
+import io
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from input_pipeline.convert.writers import WRITERS, Row
+from input_pipeline.errors import BadExample, UserError
+from input_pipeline.storage import one_line
+from input_pipeline.webdataset import IMAGES
+
+STATE = "conversion.json"  # in the folder: what was asked for, and what became of each shard
+THREADS, AHEAD = 8, 64  # that read, and examples that are in memory
+NAMES = 20  # bad examples that are listed
+
+
+class Conversion:
+    """Shards of a source, one after another.
+
+    Args:
+      source: any.
+      asked: the command, as it is compared with that of an earlier run.
+      to: one of WRITERS.
+      out: the folder. New, or that of an earlier run of the same command.
+      shard_examples: of the source, in each shard; bad ones are left out.
+      name: what names of shards begin with.
+
+    Raises:
+      UserError: the folder belongs to something else, or no example is usable.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        asked: list[str],
+        to: str,
+        out: pathlib.Path,
+        shard_examples: int,
+        name: str,
+    ):
+        self.source, self.to, self.out, self.size = source, to, out, shard_examples
+        count = -(-len(source) // shard_examples)
+        ending = {"webdataset": "tar", "files": "jsonl"}.get(to, to)
+        self.names = [f"{name}-{k:05d}-of-{count:05d}.{ending}" for k in range(count)]
+        self.pattern = f"{name}-*.{ending}"
+        self._table = out / "pairs.jsonl" if to == "files" else None
+        command = {"to": to, "source": asked, "shard_examples": shard_examples}
+        command["examples"] = len(source)
+        self.state = _state(out, command)
+
+    def run(self) -> None:
+        finished = self._table is not None and self._table.exists()
+        shards = self.state["shards"]
+        left = [
+            k
+            for k, name in enumerate(self.names)
+            if not finished and not (name in shards and (self.out / name).exists())
+        ]
+        if len(left) < len(self.names):
+            whole = len(self.names) - len(left)
+            print(f"{whole} of {len(self.names)} shards are there already", file=sys.stderr)
+        sizes = [min(self.size, len(self.source) - k * self.size) for k in left]
+        progress = Progress(sum(sizes), "examples")
+        class_names = self.source.class_names
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            for k, size in zip(left, sizes):
+                name, report = self.names[k], Report()
+                indices = range(k * self.size, k * self.size + size)
+                rows = report.counted(self._rows(indices, pool, progress, report))
+                part = self.out / f".{name}.part"
+                WRITERS[self.to](part, rows, class_names)
+                # Before the name, so that a shard that has its name has its report.
+                shards[name] = vars(report)
+                save(self.out / STATE, json.dumps(self.state, indent=1))
+                os.replace(part, self.out / name)
+        progress.end()
+        if not any(shard["written"] for shard in shards.values()):
+            bad = next(iter(shards.values()))["bad"]
+            raise UserError(f"no example could be used; the first: {bad[0]}")
+        if class_names and self.to == "array_record":  # as TFDS does
+            lines = [" ".join(str(name).split()) for name in class_names]
+            save(self.out / "label.labels.txt", "\n".join(lines) + "\n")
+        if self._table is not None:
+            self._join(self._table)
+
+    def _join(self, table: pathlib.Path) -> None:
+        """The parts of a table, which were the shards, into one."""
+        parts = [self.out / name for name in self.names]
+        if not table.exists():
+            whole = self.out / ".pairs.jsonl.part"
+            with whole.open("wb") as file:
+                for part in parts:
+                    with part.open("rb") as rows:
+                        shutil.copyfileobj(rows, file)
+            os.replace(whole, table)
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+    def _rows(
+        self,
+        indices: range,
+        pool: concurrent.futures.Executor,
+        progress: "Progress",
+        report: "Report",
+    ) -> Iterator[Row]:
+        for first in range(indices.start, indices.stop, AHEAD):
+            several = range(first, min(first + AHEAD, indices.stop))
+            for row in pool.map(self._row, several):
+                progress.step()
+                if isinstance(row, BadExample):
+                    report.bad.append(f"{row.id}: {row}")
+                else:
+                    yield row
+
+    def _row(self, i: int) -> Row | BadExample:
+        name = f"[{i}]"
+        try:
+            example = self.source[i]
+            name = example["id"]
+            return _row(i, example, self.to)
+        except BadExample as error:
+            error.id = error.id or name
+            return error
+
+    def lines(self) -> list[str]:
+        """What was done, what was left out, and how to train with it."""
+        reports = [self.state["shards"][name] for name in self.names]
+        written = sum(report["written"] for report in reports)
+        bad = [name for report in reports for name in report["bad"]]
+        lines = [f"{written} examples in {self.out}"]
+        if bad:
+            lines.append(f"left out {len(bad)} that cannot be used:")
+            lines += [f"  {name}" for name in bad[:NAMES]]
+            if len(bad) > NAMES:
+                lines.append(f"  and {len(bad) - NAMES} more, all in {self.out / STATE}")
+        if any(report["weights"] for report in reports):
+            lines.append("not copied: how often each caption is drawn; set it again")
+        most = max(report["texts"] for report in reports)
+        total = {
+            key: sum(report[key] for report in reports) for key in ("labels", "languages", "mixed")
+        }
+        has = {"label": total["labels"] == written, "language": total["languages"] == written}
+        for what in ("labels", "languages"):
+            if 0 < total[what] < written:
+                lines.append(f"only {total[what]} of them have {what}")
+        if total["mixed"] and self.to in ("webdataset", "files"):
+            has["language"] = False
+            lines.append("the language of each caption is in `languages`, which is not read back")
+        folder = pathlib.Path(glob.escape(str(self.out.absolute())))
+        path = folder / self.pattern if self._table is None else self._table.absolute()
+        settings = {"name": self.to, "path": str(path)}
+        if self.to == "webdataset":
+            keys = ["json.caption", *(f"json.caption_{k}" for k in range(1, most))][:most]
+            if most != 1:
+                settings["captions"] = str(tuple((key, 1.0) for key in keys))
+            fields = {"label": "json.label", "language": "json.language"}
+        elif self.to == "files":
+            settings |= {} if most else {"text_column": ""}
+            fields = {"label_column": "label", "language_column": "language"}
+        else:
+            settings |= {} if most else {"text": ""}
+            fields = {"label": "label", "language": "language"}
+        settings |= {key: field for key, field in fields.items() if has[field.split(".")[-1]]}
+        lines.append("train with it:")
+        return [*lines, *config_lines(settings)]
+
+
+class Report:
+    """What became of the examples of a shard."""
+
+    def __init__(self):
+        self.written = self.labels = self.languages = 0  # examples, and how many have these
+        self.mixed = 0  # examples with texts in several languages
+        self.texts = 0  # of the example that has most
+        self.weights = False
+        self.bad: list[str] = []
+
+    def counted(self, rows: Iterator[Row]) -> Iterator[Row]:
+        for row in rows:
+            self.written += 1
+            self.labels += row.label is not None
+            self.languages += bool(row.languages)
+            self.mixed += len(set(row.languages)) > 1
+            self.texts = max(self.texts, len(row.texts))
+            self.weights |= row.weighted
+            yield row
+
+
+def _row(i: int, example: dict[str, Any], to: str) -> Row:
+    image = example["image"]
+    if isinstance(image, np.ndarray):  # of a source that draws its images
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        image = file.getvalue()
+    texts, label = list(example["texts"]), example.get("label")
+    if not image:
+        raise BadExample("no image", "the file is missing or empty")
+    suffix = _suffix(image)
+    if not suffix or (to == "webdataset" and suffix not in IMAGES):
+        raise BadExample("unknown image format", f"it begins with {bytes(image[:8])!r}")
+    if not texts and label is None:
+        raise BadExample("no caption")
+    languages = list(example.get("languages", []))
+    try:
+        "".join([*texts, *languages]).encode()
+    except UnicodeEncodeError as error:  # half a surrogate, out of JSON
+        raise BadExample("caption not UTF-8", one_line(error)) from error
+    name, weighted = str(example["id"]), "weights" in example
+    return Row(i, bytes(image), suffix, texts, languages, label, name, weighted)
+
+
+MAGIC = {
+    rb"\xff\xd8\xff": "jpg",
+    rb"\x89PNG\r\n\x1a\n": "png",
+    rb"RIFF....WEBP": "webp",
+    rb"GIF8": "gif",
+    rb"....ftyp(avif|avis)": "avif",
+    rb"II\*\0|MM\0\*": "tiff",
+    rb"P[1-6]\s": "ppm",
+    rb"BM": "bmp",
+}
+
+
+def _suffix(image: bytes) -> str:
+    """'' where the first bytes are those of no format that training decodes."""
+    matches = (suffix for magic, suffix in MAGIC.items() if re.match(magic, image[:16], re.DOTALL))
+    return next(matches, "")
+
+
+def _state(out: pathlib.Path, command: dict[str, Any]) -> dict[str, Any]:
+    """That of an earlier run of the same command, or a new one in a new folder."""
+    file = out / STATE
+    if file.exists():
+        try:
+            state = json.loads(file.read_text(encoding="utf-8"))
+            before = {key: state[key] for key in command}
+            state["shards"].keys()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is damaged; give a new folder") from error
+        for key, value in command.items():
+            if before[key] != value:
+                raise UserError(
+                    f"--out {out} is of another conversion, {key} {_told(before[key])} instead of "
+                    f"{_told(value)}; give a new folder"
+                )
+        return state
+    others = out.is_dir() and [path for path in out.iterdir() if path.suffix != ".part"]
+    if others or (out.exists() and not out.is_dir()):
+        raise UserError(f"--out {out} is not empty, and not of this conversion; give a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    state = {**command, "shards": {}}
+    save(file, json.dumps(state))
+    return state
+
+
+def _told(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def save(path: pathlib.Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(part, path)
+
+
+def config_lines(settings: dict[str, str]) -> list[str]:
+    def quoted(value: str) -> str:
+        plain = "'" in value and not set(value) & set('"$`\\!')
+        return f'"{value}"' if plain else shlex.quote(value)
+
+    return [f"  --config.input.source.{key}={quoted(v)}" for key, v in settings.items()]
+
+
+class Progress:
+    """One line on stderr: how far, how fast, how long still."""
+
+    def __init__(self, total: int, what: str):
+        self._total, self._what, self._done = total, what, 0
+        self._begun = self._told = time.monotonic()
+        self._live = sys.stderr.isatty()
+
+    def step(self, count: int = 1) -> None:
+        self._done += count
+        if time.monotonic() - self._told > (0.5 if self._live else 30):
+            self._tell()
+
+    def end(self) -> None:
+        self._tell()
+        if self._live:
+            print(file=sys.stderr)
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        rate = self._done / max(self._told - self._begun, 1e-9)
+        left = datetime.timedelta(seconds=round((self._total - self._done) / max(rate, 1e-9)))
+        line = f"{self._done}/{self._total} {self._what}, {rate:.0f}/s, {left} left"
+        start, end = ("\r", "   ") if self._live else ("", "\n")
+        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,56 @@
+"""A contact sheet: images with their captions and what their tokens say, in one picture."""
+
+import pathlib
+import textwrap
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MOST = 24  # images of a sheet
+COLUMNS, SIDE, MARGIN, LINE = 6, 200, 10, 13
+CAPTION, TOKENS, LETTERS = 4, 4, 33  # lines of each, and letters of a line
+GRAY, BLUE = (70, 70, 70), (20, 70, 160)
+
+
+def draw(cells: list[tuple[np.ndarray, str, str]]) -> Image.Image:
+    """Image, caption (gray) and text of the tokens (blue) of each cell."""
+    height = SIDE + LINE * (CAPTION + TOKENS) + MARGIN
+    rows = -(-len(cells) // COLUMNS)
+    columns = min(COLUMNS, len(cells))
+    size = (columns * (SIDE + MARGIN) + MARGIN, rows * (height + MARGIN) + MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    # More alphabets than PIL's own font, and always there.
+    font = ImageFont.truetype(
+        str(pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 10
+    )
+    for i, (image, caption, tokens) in enumerate(cells):
+        left = MARGIN + i % COLUMNS * (SIDE + MARGIN)
+        top = MARGIN + i // COLUMNS * (height + MARGIN)
+        picture = Image.fromarray(image)
+        picture.thumbnail((SIDE, SIDE))
+        if max(picture.size) < SIDE:  # small ones larger, pixel by pixel
+            scale = SIDE // max(picture.size)
+            picture = picture.resize(
+                (picture.width * scale, picture.height * scale), Image.Resampling.NEAREST
+            )
+        sheet.paste(picture, (left, top))
+        at = top + SIDE + 4
+        for text, lines, color in ((caption, CAPTION, GRAY), (tokens, TOKENS, BLUE)):
+            plain = "".join(c if c.isprintable() else " " for c in text)
+            for line in textwrap.wrap(plain, LETTERS, max_lines=lines, placeholder=" ..."):
+                pen.text((left, at), line, color, font)
+                at += LINE
+    return sheet
+
+
+def pixels(batch: dict[str, np.ndarray], i: int) -> np.ndarray:
+    """The image of a row; patches are put together again."""
+    if "image_shape" not in batch:
+        return batch["image"][i]
+    rows, columns = batch["image_shape"][i]
+    patches = batch["image"][i][: rows * columns]
+    side = int((patches.shape[-1] // 3) ** 0.5)
+    grid = patches.reshape(rows, columns, side, side, 3).swapaxes(1, 2)
+    return np.ascontiguousarray(grid.reshape(rows * side, columns * side, 3))
