@@ -46,10 +46,12 @@ def draw(cells: list[tuple[np.ndarray, str, str]]) -> Image.Image:
 
 
 def pixels(batch: dict[str, np.ndarray], i: int) -> np.ndarray:
-    """The image of a row; patches are put together again."""
+    """The image of a row; patches are put together again. Black for a bad example."""
     if "image_shape" not in batch:
         return batch["image"][i]
     rows, columns = batch["image_shape"][i]
+    if not batch["mask"][i]:
+        return np.zeros((1, 1, 3), np.uint8)
     patches = batch["image"][i][: rows * columns]
     side = int((patches.shape[-1] // 3) ** 0.5)
     grid = patches.reshape(rows, columns, side, side, 3).swapaxes(1, 2)

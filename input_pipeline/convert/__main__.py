@@ -49,7 +49,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--shard_examples", metavar="N", type=int, default=5000, help="in each file (5000)"
     )
-    flags = parser.parse_args(argv)
+    flags = parser.parse_intermixed_args(argv)
     if not flags.out:
         parser.error("pass --out, a new folder")
     if is_url(flags.out):

@@ -1,0 +1,108 @@
+"""Runs on every format and on mixtures: the same numbers, and exact when they go on."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+from tiny_run import MAIN, STEPS, TEMPLATE, Tiny, assert_same_state, deterministic, losses, saved
+
+import main as program
+from input_pipeline import loader
+
+pytestmark = pytest.mark.slow
+FORMATS = ("files", "webdataset", "array_record", "parquet")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    tiny = Tiny(tmp_path_factory.mktemp("tiny"))
+    with tiny.cached():
+        yield tiny
+
+
+@pytest.fixture
+def converted(shared_data, tmp_path):
+    """The flags that train on the emoji set in a format, as the converter prints them."""
+
+    def convert(to):
+        command = [sys.executable, "-m", "input_pipeline.convert", "emoji", f"--to={to}"]
+        command += [f"data_dir={shared_data / 'emoji_tiny'}", f"--out={tmp_path / to}"]
+        done = subprocess.run(command, cwd=MAIN.parent, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return shlex.split(done.stdout.partition("train with it:")[2])
+
+    return convert
+
+
+def test_every_format_trains_to_the_same_parameters(tiny, converted, tmp_path):
+    states = {}
+    for to in FORMATS:
+        workdir = tmp_path / f"run-{to}"
+        assert tiny.main(workdir, *converted(to)) == program.DONE
+        states[to] = saved(workdir)
+        if to == "webdataset":  # the index is kept beside the run
+            assert list((workdir / "index").iterdir())
+    for to in ("webdataset", "array_record"):
+        assert_same_state(states[to], states["files"])
+    # Row groups come in an order of their own: other batches, and still a run.
+    assert len(losses(tmp_path / "run-parquet")) == STEPS
+
+
+MIXTURE = """\
+            "source": {"name": "mixture"},
+            "mixture": {
+                "drawn": {"name": "scenes", "size": 72, "res": 16, "weight": 3},
+                "emoji": {"name": "emoji", "data_dir": DATA, "languages": "all"},
+            },
+            "language_temperature": 3.0,
+            "corrupt": "image(0.2) | text(0.2) | batch(0.5)",
+"""
+
+
+def test_a_mixture_with_noise_goes_on_as_if_nothing_had_happened(
+    tiny, shared_data, tmp_path, monkeypatch
+):
+    source = '            "source": {"name": "scenes", "size": 72, "res": 16},\n'
+    assert source in TEMPLATE
+    data = repr(str(shared_data / "emoji_tiny"))
+    config = tmp_path / "mixture.py"
+    config.write_text(TEMPLATE.replace(source, MIXTURE.replace("DATA", data)))
+
+    def run(workdir):
+        return program.main([f"--config={config}:evals=val", f"--workdir={workdir}"])
+
+    assert run(tmp_path / "whole") == program.DONE
+    train_batches = loader.train_batches
+
+    def stopping(*args, start_step, **options):
+        batches = train_batches(*args, start_step=start_step, **options)
+        for _ in range(5):
+            yield next(batches)
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from batches
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "train_batches", stopping)
+        assert run(tmp_path / "stopped") == program.INTERRUPTED
+    assert run(tmp_path / "stopped") == program.DONE
+    assert_same_state(saved(tmp_path / "stopped"), saved(tmp_path / "whole"))
+    assert deterministic(tmp_path / "stopped") == deterministic(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--config.input.source.name=mixture"], "config.input.mixture and config.input.source"),
+        (["--config.input.language_temperature=2"], "this source has no languages"),
+        (["--config.input.corrupt=image(2)"], "config.input.corrupt: image(2) must be from 0 to 1"),
+        (["--config.input.image=decode | naflex"], "naflex, but this image tower takes squares"),
+        (["--config.input.image=decode | resze"], "there is no 'resze'; the nearest: resize"),
+    ],
+)
+def test_mistakes_are_one_line(tiny, tmp_path, capsys, flags, told):
+    assert tiny.main(tmp_path / "w", *flags) == program.MISTAKE
+    err = capsys.readouterr().err
+    assert told in err and err.count("\n") == 1 and "Traceback" not in err
