@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
+from evaluators.whole import ADVICE
 from input_pipeline import device, loader
 from input_pipeline.errors import BadExample, UserError
 from siglip.sharding import replicated
@@ -135,10 +136,7 @@ def eval_image(preprocess, example: dict) -> UInt8[np.ndarray, "res res 3"]:
     try:
         return preprocess.image(example["image"])
     except BadExample as bad:
-        raise UserError(
-            f"image {example['id']} cannot be read ({bad}); evaluation skips nothing: "
-            "repair it or take it out of the data"
-        ) from bad
+        raise UserError(f"image {example['id']} cannot be read ({bad}); {ADVICE}") from bad
 
 
 @dataclasses.dataclass(frozen=True)

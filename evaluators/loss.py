@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from evaluators.embed import check_batch_size, eval_image, fetch, host_batches
+from evaluators.whole import ADVICE
 from input_pipeline.errors import UserError
 from siglip import pairs
 from siglip.pairs import Pairs
@@ -74,5 +75,7 @@ class Evaluator:
         yield "loss", float(values @ counts / counts.sum()), float(chances @ counts / counts.sum())
 
     def _pair(self, example: dict) -> dict[str, np.ndarray]:
+        if not example["texts"]:
+            raise UserError(f"{example['id']} has no caption; {ADVICE}")
         text = self._preprocess.text(example["texts"][0])
         return {"image": eval_image(self._preprocess, example), "text": text}

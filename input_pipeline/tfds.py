@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
-from input_pipeline.errors import UserError
+from input_pipeline.errors import BadExample, UserError
 from input_pipeline.nearest import nearest
 
 
@@ -25,8 +25,8 @@ class Tfds:
       label: path of the class ('label' in imagenet2012), which gives class_names. '': none.
 
     Raises:
-      UserError: it is not prepared there, is not ArrayRecord, or has no such split or feature;
-        when read: a file is missing or damaged.
+      UserError: it is not prepared there, is not ArrayRecord, or has no such split or feature.
+      BadExample: when read, a record's checksum is wrong, or its file is missing or torn.
     """
 
     def __init__(
@@ -93,10 +93,9 @@ class Tfds:
                 raise ValueError("no record")
             return record
         except (RuntimeError, ValueError, OSError) as error:
-            # Not one bad image: these files have checksums, and a copy of them went wrong.
-            raise UserError(
-                f"tfds: record {i} of {self._name} in {self._folder} cannot be read "
-                f"({' '.join(str(error).split())[:200]}); copy or prepare the data set again"
+            told = " ".join(str(error).split())[:200]
+            raise BadExample(
+                "damaged record", told, id=f"{self._name}[{i}]", shard=self._folder
             ) from error
 
     def _find(self, option: str, path: str) -> tuple[tuple[str, ...], Any]:

@@ -10,6 +10,7 @@ import numpy as np
 
 import siglip
 from evaluators import EVALUATORS
+from evaluators.whole import Whole
 from input_pipeline import SOURCES, TOKENIZERS
 from input_pipeline.errors import UserError
 from input_pipeline.mixture import Languages, Mixture
@@ -142,7 +143,7 @@ def make_evaluators(setup: Setup) -> dict[str, Any]:
             setup.model,
             setup.mesh,
             setup.preprocess,
-            chosen(SOURCES, block.source),
+            Whole(chosen(SOURCES, block.source)),
             setup.loss_fn,
             **without(block, "type", "source", "every"),
         )

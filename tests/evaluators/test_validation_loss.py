@@ -120,3 +120,10 @@ def test_bad_input_is_refused(fakes):
 def test_protocol_states_the_batch_size(fakes):
     args = (fakes.Model(), fakes.mesh(2), fakes.Preprocess(), fakes.random_source(5), None)
     assert Evaluator(*args, batch_size=4).protocol == "5 pairs (first captions) in batches of 4"
+
+
+def test_a_pair_without_a_caption_is_named(fakes):
+    source = fakes.random_source(4)
+    source[2]["texts"] = []
+    with pytest.raises(UserError, match="has no caption; evaluation skips nothing"):
+        run(fakes, source, fakes.params())

@@ -14,7 +14,7 @@ from PIL import Image
 
 from input_pipeline import SOURCES
 from input_pipeline.decode import decode
-from input_pipeline.errors import UserError
+from input_pipeline.errors import BadExample, UserError
 
 Tfds = SOURCES["tfds"]
 
@@ -204,8 +204,10 @@ def test_damaged_files_are_named(data_dir, tmp_path, damage):
     shard.unlink()
     if damage:
         shard.write_bytes(damage(data))
-    with pytest.raises(UserError, match=r"^[^\n]*tiny_classes[^\n]*$"):
+    with pytest.raises(BadExample) as error:
         list(Tfds(dataset="tiny_classes", data_dir=str(tmp_path), split="validation"))
+    assert error.value.kind == "damaged record" and "\n" not in str(error.value)
+    assert "tiny_classes" in error.value.shard and "tiny_classes" in error.value.id
 
 
 def test_tfrecord_is_refused_with_what_to_do(data_dir, tmp_path):

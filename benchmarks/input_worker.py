@@ -1,0 +1,149 @@
+"""The worker that measures this project's input, and the bare decoder: started by
+`benchmarks.input`. `loss_worker` has the protocol; what it measures are seconds of an image:
+[of CPU, on the clock].
+"""
+
+import json
+import pathlib
+import sys
+import threading
+import time
+from typing import Any
+
+import cv2
+import numpy as np
+import simplejpeg
+
+from benchmarks.input_case import PATHS, RES, SOURCES, TOKEN_LEN, Job
+from benchmarks.loss_worker import Failed, serve
+from input_pipeline import SOURCES as CLASSES
+from input_pipeline.loader import Batches, train_batches
+from input_pipeline.memory import Memory
+from input_pipeline.tokenizers import Bytes
+from input_pipeline.transforms import make_preprocess
+
+
+class Clock:
+    """CPU seconds of this process, all its threads included, and seconds."""
+
+    def __init__(self):
+        self._cpu, self._wall = time.process_time(), time.monotonic()
+
+    def per(self, images: int) -> list[float]:
+        """Of each image since the start."""
+        cpu, wall = time.process_time(), time.monotonic()
+        return [(cpu - self._cpu) / images, (wall - self._wall) / images]
+
+
+class Counted:
+    """A Preprocess that counts the rows it makes.
+
+    Threads work ahead of the batches that are asked for, so the images of a stretch of time are
+    those that were made in it, not those that were handed over.
+    """
+
+    def __init__(self, preprocess: Any):
+        self.tokenizer, self.made = preprocess.tokenizer, 0
+        self._preprocess, self._lock = preprocess, threading.Lock()
+
+    def example(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        row = self._preprocess.example(example, rng)
+        with self._lock:
+            self.made += 1
+        return row
+
+
+class Loader:
+    """The whole way: read, decode, resize, tokenize, batch, by input_pipeline.loader."""
+
+    def __init__(self, job: Job):
+        self._batch, self._threads, self._step = job.batch, job.threads, 0
+        self._source = open_source(pathlib.Path(job.folder), job.options["source"])
+        self._preprocess = make_preprocess(
+            Bytes(), res=RES, token_len=TOKEN_LEN, image=job.options["image"]
+        )
+
+    def stream(self, counted: Counted) -> Batches:
+        return train_batches(
+            self._source,
+            counted,
+            batch_size=self._batch,
+            seed=0,
+            start_step=self._step,
+            num_threads=self._threads,
+        )
+
+    def measure(self, batches: int) -> list[float]:
+        """Of as many batches as threads make after the first one has come."""
+        counted = Counted(self._preprocess)
+        with self.stream(counted) as stream:
+            self._next(stream)
+            clock, before = Clock(), counted.made
+            while counted.made < before + batches * self._batch:
+                self._next(stream)
+            taken = clock.per(counted.made - before)
+        _settle(counted)  # the next system has the cores to itself
+        return taken
+
+    def _next(self, stream: Batches) -> None:
+        batch = next(stream)
+        self._step += 1  # the next round goes on with other images
+        if not batch["mask"].all():
+            raise Failed("an image cannot be read")
+
+
+class Bare:
+    """One thread in a loop, from memory."""
+
+    def __init__(self, job: Job):
+        self._images, self._batch = read_images(pathlib.Path(job.folder)), job.batch
+        self._resize = job.options["resize"]
+        self._at = 0
+        cv2.setNumThreads(0)
+
+    def measure(self, batches: int) -> list[float]:
+        count, clock = batches * self._batch, Clock()
+        for i in range(self._at, self._at + count):
+            pixels = simplejpeg.decode_jpeg(self._images[i % len(self._images)], "RGB")
+            if self._resize:
+                cv2.resize(pixels, (RES, RES), interpolation=cv2.INTER_LINEAR)
+        self._at += count
+        return clock.per(count)
+
+
+def open_source(folder: pathlib.Path, name: str) -> Any:
+    """One of input_case.SOURCES; '': all images in memory."""
+    if not name:
+        images = read_images(folder)
+        return Memory(images=images, texts=[row["caption"] for row in _rows(folder)])
+    source, settings = SOURCES[name]
+    paths = {key: str(folder / settings[key]) for key in PATHS if key in settings}
+    return CLASSES[source](**{**settings, **paths})
+
+
+def read_images(folder: pathlib.Path) -> list[bytes]:
+    return [(folder / "files" / row["image"]).read_bytes() for row in _rows(folder)]
+
+
+def _rows(folder: pathlib.Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / "files" / "pairs.jsonl").open()]
+
+
+def _settle(counted: Counted) -> None:
+    """Until threads have ended what they were at."""
+    before = -1
+    while counted.made != before:
+        before = counted.made
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    systems: list[Loader | Bare] = []
+
+    def prepare() -> dict[str, Any]:
+        job = Job(**json.loads(sys.argv[1]))
+        systems.append(Bare(job) if "resize" in job.options else Loader(job))
+        systems[0].measure(1)
+        return {}
+
+    serve(prepare, lambda batches: systems[0].measure(batches))
