@@ -115,10 +115,39 @@ def _tuned(images: list[np.ndarray]) -> float:
     return round(low, 1)
 
 
-WORDS = (
-    "a photo of the old red house near river small dog street green market two people with "
-    "bicycle under bright sky morning snow mountain wooden table cup coffee blue boat harbour"
-).split()
+WORDS = [
+    "a",
+    "photo",
+    "of",
+    "the",
+    "old",
+    "red",
+    "house",
+    "near",
+    "river",
+    "small",
+    "dog",
+    "street",
+    "green",
+    "market",
+    "two",
+    "people",
+    "with",
+    "bicycle",
+    "under",
+    "bright",
+    "sky",
+    "morning",
+    "snow",
+    "mountain",
+    "wooden",
+    "table",
+    "cup",
+    "coffee",
+    "blue",
+    "boat",
+    "harbour",
+]
 
 
 def caption(i: int) -> str:

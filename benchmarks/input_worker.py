@@ -3,6 +3,7 @@
 [of CPU, on the clock].
 """
 
+import glob
 import json
 import pathlib
 import sys
@@ -117,8 +118,13 @@ def open_source(folder: pathlib.Path, name: str) -> Any:
         images = read_images(folder)
         return Memory(images=images, texts=[row["caption"] for row in _rows(folder)])
     source, settings = SOURCES[name]
-    paths = {key: str(folder / settings[key]) for key in PATHS if key in settings}
+    paths = {key: _path(folder, settings[key]) for key in PATHS if key in settings}
     return CLASSES[source](**{**settings, **paths})
+
+
+def _path(folder: pathlib.Path, name: str) -> str:
+    # The folder is the user's, and no pattern.
+    return f"{glob.escape(str(folder))}/{name}" if "*" in name else str(folder / name)
 
 
 def read_images(folder: pathlib.Path) -> list[bytes]:

@@ -30,6 +30,11 @@ class Bad:
                 self._names[id] += 1
                 self._reasons[id] = str(error)
 
+    def add(self, kind: str, shard: str, count: int) -> None:
+        """Samples of a file, without names."""
+        with self._lock:
+            self._counts[shard, kind] += count
+
     @property
     def count(self) -> int:
         """How often a bad example was met."""
@@ -66,5 +71,5 @@ class Bad:
                 for shard, kinds in list(shards.items())[:most]
             ]
             rest = f"; and {len(shards) - most} more files" if len(shards) > most else ""
-            line = f"{'; '.join(files)}{rest}; such as {line}"
+            line = f"{'; '.join(files)}{rest}" + (f"; such as {line}" if line else "")
         return line

@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 import siglip
 from evaluators import EVALUATORS
 from evaluators.whole import Whole
 from input_pipeline import SOURCES, TOKENIZERS
+from input_pipeline.bad import Bad
 from input_pipeline.errors import UserError
 from input_pipeline.mixture import Languages, Mixture
 from input_pipeline.transforms import Preprocess, make_preprocess
@@ -106,17 +108,34 @@ def make_source(config: Any) -> Any:
         )
     if not named:
         source = chosen(SOURCES, block.source)
+        _check_damage({"the source": source}, block.max_bad_fraction)
         return source if temperature is None else Languages(source, temperature)
     parts = {
         name: SOURCES[part.name](**without(part, "name", "weight"))
         for name, part in block.mixture.items()
     }
+    _check_damage(parts, block.max_bad_fraction)
     if temperature is not None:
         balanced = [name for name, part in parts.items() if hasattr(part, "by_language")]
         if not balanced:
             Languages(next(iter(parts.values())), temperature)  # says what is missing
         parts |= {name: Languages(parts[name], temperature) for name in balanced}
     return Mixture(parts, tuple(part.weight for part in block.mixture.values()))
+
+
+def _check_damage(sources: dict[str, Any], allowed: float) -> None:
+    """What sources have left out when they were opened counts as bad examples do."""
+    for name, source in sources.items():
+        damage = getattr(source, "damage", {})
+        if not damage:
+            continue
+        bad, total = Bad(), sum(damage.values())
+        for (kind, shard), count in damage.items():
+            bad.add(kind, shard, count)
+        told = f"{total} samples of {name} are left out, {len(source)} are not: {bad.worst()}"
+        if total > allowed * (len(source) + total):
+            raise UserError(f"{told}; more than config.input.max_bad_fraction={allowed}")
+        logging.warning("%s", told)
 
 
 def initial_bias(config: Any) -> float | None:

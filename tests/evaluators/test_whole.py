@@ -7,7 +7,7 @@ from input_pipeline.errors import BadExample, UserError
 
 
 class Source:
-    class_names = ["a"]
+    class_names = ("a",)
 
     def __len__(self):
         return 2
@@ -20,7 +20,7 @@ class Source:
 
 def test_what_can_be_read_passes_through():
     whole = Whole(Source())
-    assert len(whole) == 2 and whole.class_names == ["a"] and whole[0] == {"id": "x.tar/0.jpg"}
+    assert len(whole) == 2 and whole.class_names == ("a",) and whole[0] == {"id": "x.tar/0.jpg"}
 
 
 def test_an_example_that_cannot_be_read_stops_it():

@@ -59,3 +59,9 @@ def test_many_threads_count_every_one():
     for thread in threads:
         thread.join()
     assert bad.count == 1600 and sum(bad.kinds().values()) == 1600
+
+
+def test_counts_without_names():
+    bad = Bad()
+    bad.add("no caption", "a.tar", 3)
+    assert bad.count == 3 and bad.worst() == "a.tar: 3 no caption"

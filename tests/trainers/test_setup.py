@@ -63,3 +63,19 @@ def test_the_loss_tells_its_settings_and_the_exchange_it_chose():
     assert told.startswith("sigmoid, duplicates ignore, exchange gather (cpu, n=8, d=64, D=8: ring")
     told = setup.describe_loss(setup.make_setup(load(loss__name="softmax", loss__exchange="ring")))
     assert told == "softmax, exchange ring"
+
+
+@pytest.mark.parametrize(("allowed", "refused"), [(0.2, True), (0.3, False)])
+def test_what_a_source_left_out_counts_as_bad_examples(allowed, refused, caplog):
+    class Source:
+        damage = {("no caption", "a.tar"): 2, ("damaged record", "b.tar"): 1}
+
+        def __len__(self):
+            return 8
+
+    if refused:
+        with pytest.raises(UserError, match="3 samples of cc12m are left out, 8 are not: a.tar: 2"):
+            setup._check_damage({"cc12m": Source()}, allowed)
+    else:
+        setup._check_damage({"cc12m": Source(), "other": range(3)}, allowed)
+        assert "b.tar: 1 damaged record" in caplog.text
