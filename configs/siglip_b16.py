@@ -3,13 +3,16 @@
   python main.py --config configs/siglip_b16.py:dataset=my_pairs,data_dir=/data/tfds,\
 tokenizer=/data/c4_en.model --workdir runs/siglip_b16
 
-`dataset` is a TFDS dataset prepared as ArrayRecord, with an image and a text feature; imagenet2012
-and coco_captions, prepared the same way in the same data_dir, are what it is evaluated on.
+`dataset` is a TFDS dataset prepared as ArrayRecord, with an image and a text feature, or a pattern
+of .tar (WebDataset), .parquet or .array_record files ('gs://bucket/pairs/{00000..41407}.tar').
+imagenet2012 and coco_captions, prepared by TFDS in data_dir, are what it is evaluated on.
 The paper's data are private; it reports 73.4 % ImageNet zero-shot after 9e9 examples.
 Not run at full size here. `:runlocal` shrinks model, batch and length to try the same files.
 """
 
 from ml_collections import ConfigDict
+
+from configs import _source
 
 
 def get_config(
@@ -25,6 +28,10 @@ def get_config(
         raise ValueError(
             "pass your data: --config configs/...:dataset=NAME,data_dir=FOLDER,tokenizer=FILE"
         )
+    source = {"name": "tfds", "dataset": dataset, "data_dir": data_dir}
+    source |= {"split": "train", "text": text}
+    if _source.of(dataset, "")["name"] != "files":
+        source = _source.of(dataset, "")
     config = ConfigDict()
     config.total = "9e9 examples"
     config.model = ConfigDict(
@@ -42,13 +49,7 @@ def get_config(
             "batch_size": batch_size,
             "res": res,
             "token_len": 16,
-            "source": {
-                "name": "tfds",
-                "dataset": dataset,
-                "data_dir": data_dir,
-                "split": "train",
-                "text": text,
-            },
+            "source": source,
             "tokenizer": {"name": "sentencepiece", "path": tokenizer},  # c4_en, 32k pieces
         }
     )

@@ -203,3 +203,24 @@ def test_the_reference_run_trains_and_evaluates_shrunk_without_tensorflow(data_d
     assert results["imagenet"]["top1"]["chance"] == 1e-3
     assert set(results["coco"]) == {f"{way}_R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)}
     assert results["coco"]["t2i_R@1"]["chance"] == pytest.approx(1 / 23)  # the val pictures
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("pairs.csv", "files"),
+        ("cc/{0000..0331}.tar", "webdataset"),
+        ("gs://b/{a.tar,b.tar}", "webdataset"),
+        ("data/train-*.parquet", "parquet"),
+        ("data/train.array_record*", "array_record"),
+    ],
+)
+def test_the_ending_of_a_path_says_which_source_reads_it(path, name):
+    mine = load("pairs", f"path='{path}'").input.source
+    assert (mine.name, mine.path) == (name, path)
+    if name != "files":
+        paper = load("siglip_b16", f"dataset='{path}',data_dir=folder,tokenizer=pieces.model")
+        assert paper.input.source.to_dict() == mine.to_dict()
+        assert paper.evals.coco.source.name == "tfds"
+        both = load("pairs", f"path='{path}',val_path='{path}'")
+        assert both.evals.retrieval.source.to_dict() == mine.to_dict()
