@@ -46,12 +46,13 @@ def prepare(folder: pathlib.Path, count: int, photos: str = "") -> dict[str, Any
 
 def _write_files(folder: pathlib.Path, picture: Any, count: int) -> dict[str, Any]:
     """The folder, its table, and the zip file, which has its members stored as they are."""
-    size, grain = 0, 0.0
+    size = 0
     with (
         (folder / "files" / "pairs.jsonl").open("w") as table,
         zipfile.ZipFile(folder / "zip" / "images.zip", "w") as archive,
     ):
-        for i, (image, grain) in enumerate(input_photos.make(picture, count)):
+        grain, images = input_photos.make(picture, count)
+        for i, image in enumerate(images):
             name = f"{i:08d}.jpg"
             (folder / "files" / name).write_bytes(image)
             archive.writestr(name, image)

@@ -11,7 +11,6 @@ an image: [of CPU, on the clock].
 
 import concurrent.futures
 import importlib
-import importlib.metadata
 import io
 import itertools
 import json
@@ -25,7 +24,7 @@ from typing import Any
 from benchmarks.input_case import CHUNK, RES, Job
 from benchmarks.loss_worker import Failed, serve
 
-PACKAGES = ("pillow", "open_clip_torch", "torch", "torchvision", "webdataset", "tensorflow")
+MODULES = ("PIL", "open_clip", "torch", "torchvision", "webdataset", "tensorflow")
 
 
 def seconds_per_image(images: int, work: Callable[[], Any]) -> list[float]:
@@ -194,13 +193,9 @@ def make(job: Job) -> Threads | TfData:
 
 
 def versions() -> dict[str, str]:
-    """Of what has been imported."""
-    found = {}
-    for name in PACKAGES:
-        module = {"pillow": "PIL", "open_clip_torch": "open_clip"}.get(name, name)
-        if module in sys.modules:
-            found[name] = importlib.metadata.version(name)
-    return found
+    """Of what has been imported. Of the modules: packages of the same have several names."""
+    found = {name: sys.modules[name] for name in MODULES if name in sys.modules}
+    return {name: getattr(module, "__version__", "unknown") for name, module in found.items()}
 
 
 if __name__ == "__main__":

@@ -87,11 +87,10 @@ class Textures:
         return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def make(picture: Picture, count: int) -> Iterator[tuple[bytes, float]]:
-    """`count` JPEGs, each with the standard deviation of its grain, in levels of 255."""
+def make(picture: Picture, count: int) -> tuple[float, Iterator[bytes]]:
+    """The standard deviation of the grain, in levels of 255, and `count` JPEGs with it."""
     grain = _tuned([picture(i) for i in range(min(count, TUNED_ON))])
-    for i in range(count):
-        yield jpeg(picture(i), grain, i), grain
+    return grain, (jpeg(picture(i), grain, i) for i in range(count))
 
 
 def jpeg(image: np.ndarray, grain: float, seed: int) -> bytes:

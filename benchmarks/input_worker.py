@@ -132,7 +132,9 @@ def read_images(folder: pathlib.Path) -> list[bytes]:
 
 
 def _rows(folder: pathlib.Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (folder / "files" / "pairs.jsonl").open()]
+    return [
+        json.loads(line) for line in (folder / "files" / "pairs.jsonl").read_text().splitlines()
+    ]
 
 
 def _settle(counted: Counted) -> None:

@@ -1,7 +1,8 @@
 """Noise on purpose: the corruptions of the paper's study of robustness (section 4.10, Figure 7).
 
 Steps of config.input.corrupt, 'image(0.2) | text(0.2) | batch(0.1)'; each with its probability.
-All is a function of (seed, step): runs that differ in p alone corrupt nested sets of examples.
+All is a function of (seed, step). Runs that differ in p alone make noise of nested sets of images
+and of texts.
 """
 
 import functools
@@ -43,9 +44,12 @@ class Corruption:
 
     def __init__(self, steps: str | tuple, *, seed: int, batch_size: int):
         self._seed, self._batch_size = seed, batch_size
-        self._p = {"image": 0.0, "text": 0.0, "batch": 0.0}
+        self._p, given = {"image": 0.0, "text": 0.0, "batch": 0.0}, set()
         for name, step in program.parse(steps, CORRUPT_OPS, "input.corrupt"):
             _, p = step()
+            if name in given:
+                raise UserError(f"config.input.corrupt: {name} is given twice")
+            given.add(name)
             if not isinstance(p, int | float) or not 0 <= p <= 1:
                 raise UserError(f"config.input.corrupt: {name}({p}) must be from 0 to 1")
             self._p[name] = float(p)

@@ -26,10 +26,10 @@ class At:
     rng: np.random.Generator | None = None
 
 
-def decode(image: bytes | np.ndarray, at: At, *, shrink: bool = False) -> np.ndarray:
+def decode(image: bytes | np.ndarray, at: At, *, shrink: int = 0) -> np.ndarray:
     """Bytes -> pixels. shrink: a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as
-    both sides keep at least `res` pixels; much faster, and not the same pixels."""
-    return files.decode(image, at.res if shrink else 0)
+    both sides keep at least so many pixels; much faster, and not the same pixels. 0: never."""
+    return files.decode(image, _at_least(0, shrink=shrink))
 
 
 def squash(image: np.ndarray, at: At, *, method: str = "bilinear") -> np.ndarray:
@@ -41,7 +41,7 @@ def shorter_side(
     image: np.ndarray, at: At, *, size: int = 0, method: str = "bilinear"
 ) -> np.ndarray:
     """The aspect ratio stays, the shorter side becomes `size` (0: res)."""
-    return resize.shorter_side(image, size or at.res, _method(method))
+    return resize.shorter_side(image, _at_least(0, size=size) or at.res, _method(method))
 
 
 def center_crop(image: np.ndarray, at: At) -> np.ndarray:
@@ -112,9 +112,18 @@ def to_patches(
     image: uint8 [max_patches, patch_size ** 2 * 3], image_mask: bool [max_patches] (False: filled
     up), image_shape: int32 [2] (rows and columns of patches).
     """
+    _at_least(1, max_patches=max_patches, patch_size=patch_size)
     sized = naflex.resize_to_budget(image, patch_size, max_patches, _method(method))
     patches, mask, shape = naflex.patchify(sized, patch_size, max_patches)
     return {"image": patches, "image_mask": mask, "image_shape": shape}
+
+
+def _at_least(least: int, **option: int) -> int:
+    value = 0
+    for name, value in option.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r} is no whole number from {least} on")
+    return value
 
 
 def _method(name: str) -> str:

@@ -70,15 +70,21 @@ def _show(config: Any, flags: argparse.Namespace) -> None:
     from trainers import setup
 
     preprocess, source = setup.make_input(config), setup.make_source(config)
-    size = min(config.input.batch_size, MOST_ROWS)
-    print(f"{len(source):,} examples; {size} of a batch of {config.input.batch_size} are looked at")
+    whole = config.input.batch_size
+    if whole < 1:
+        raise UserError(f"config.input.batch_size={whole} must be at least 1")
+    # The rows of the first of so many processes: the same batches, of which few rows are made.
+    parts = next(k for k in range(1, whole + 1) if whole % k == 0 and whole // k <= MOST_ROWS)
+    size = whole // parts
+    print(f"{len(source):,} examples; the first {size} rows of each batch of {whole} are made")
     for (kind, shard), count in sorted(getattr(source, "damage", {}).items()):
         print(f"  left out of {shard}: {count} {kind}")
     bad, begin, cpu = Bad(), time.monotonic(), time.process_time()
     with loader.train_batches(
         source,
         preprocess,
-        batch_size=size,
+        batch_size=whole,
+        process_count=parts,
         seed=config.seed,
         start_step=flags.step,
         num_threads=config.input.num_threads,
@@ -102,6 +108,8 @@ def _show(config: Any, flags: argparse.Namespace) -> None:
     codes = np.concatenate([batch["bad"] for batch in seen])
     for code, count in zip(*np.unique(codes[codes > 0], return_counts=True)):
         print(f"  unusable: {count} {KINDS[code - 1]}")
+    if not codes.any():
+        print("  unusable: none")
     if bad.count:
         print(f"  the worst: {bad.worst()}")
     print(

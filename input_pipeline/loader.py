@@ -88,12 +88,19 @@ def train_batches(
             example = source[index]
             made = preprocess.example(example, np.random.default_rng((seed, position)))
             if (at := corruption.text_position(position)) != position:
-                example = source[order[at]]  # its caption, as its own row has it
+                index, example = order[at], {}
+                example = source[index]  # its caption, as its own row has it
                 caption = preprocess.caption(example, np.random.default_rng((seed, at)))
                 made["text"] = preprocess.text(caption)
         except BadExample as error:
             bad.record(error, example.get("id", f"[{index}]"), example.get("shard", ""))
             return {**zeros, "mask": np.False_, "bad": np.uint8(1 + KINDS.index(error.kind))}
+        for key, like in zeros.items():
+            if made[key].shape != like.shape or made[key].dtype != like.dtype:
+                raise UserError(
+                    f"{key} of {example['id']} is {made[key].dtype}{list(made[key].shape)}, that of "
+                    f"another example {like.dtype}{list(like.shape)}; a batch needs equal ones"
+                )
         if corrupt:
             made = corruption.corrupt_image(made, position)
             vocab_size = preprocess.tokenizer.vocab_size

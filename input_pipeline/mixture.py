@@ -1,9 +1,11 @@
 """Several sources as one: by weight, or the languages of one by temperature."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from input_pipeline.errors import UserError
 from input_pipeline.order import Pattern, order_of
@@ -32,10 +34,13 @@ class Mixture:
         except ValueError as error:
             raise UserError(f"mixture of {', '.join(parts) or 'nothing'}: {error}") from error
         self.names, self._parts = list(parts), list(parts.values())
-        self.shares = {
-            name: count / Pattern.PERIOD for name, count in zip(self.names, self._pattern.counts)
-        }
         self._starts = np.concatenate([[0], np.cumsum([len(part) for part in self._parts])])
+        spaces = [identities(part) for part in self._parts]
+        self._first = np.concatenate([[0], np.cumsum(spaces)]).tolist()
+        self.identities = self._first[-1]
+        self.damage = sum(
+            (Counter(getattr(part, "damage", {})) for part in parts.values()), Counter()
+        )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -47,7 +52,7 @@ class Mixture:
     def identity(self, i: int) -> int:
         """The same number for the same example."""
         part, inside = self._find(i)
-        return int(self._starts[part]) + identity(self._parts[part], inside)
+        return self._first[part] + identity(self._parts[part], inside)
 
     def order(self, seed: int) -> "_MixedOrder":
         # Each part has a seed of its own: two copies of a source are not in step.
@@ -111,11 +116,18 @@ class Languages(Mixture):
                 f"config.input.language_temperature={temperature} must be above 0 "
                 "(1: languages as often as they come; 100: nearly all alike)"
             )
-        found = source.by_language() if hasattr(source, "by_language") else {}
+        found = languages_of(source)
         if not found:
             raise UserError(
                 "config.input.language_temperature is set, but this source has no languages; "
                 "leave it unset, or name where the language stands (`language`, `language_column`)"
+            )
+        tagged = len(np.unique(np.concatenate(list(found.values()))))
+        if tagged < len(source):
+            logging.warning(
+                "languages: %d of %d examples name no language and are left out",
+                len(source) - tagged,
+                len(source),
             )
         counts = {language: len(indices) for language, indices in sorted(found.items())}
         largest = max(counts.values())
@@ -123,6 +135,8 @@ class Languages(Mixture):
             {tag: OneLanguage(source, tag, found[tag]) for tag in counts},
             tuple((count / largest) ** (1 / temperature) for count in counts.values()),
         )
+        self.identities = identities(source)  # one source, whatever the language
+        self.damage = Counter(getattr(source, "damage", {}))
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         example = super().__getitem__(i)
@@ -131,7 +145,17 @@ class Languages(Mixture):
 
     def identity(self, i: int) -> int:
         part, inside = self._find(i)
-        return identity(self._parts[part], inside)  # one source, whatever the language
+        return identity(self._parts[part], inside)
+
+
+def languages_of(source: Any) -> dict[str, np.ndarray]:
+    """Language -> indices; {} where the source knows none."""
+    return source.by_language() if hasattr(source, "by_language") else {}
+
+
+def identities(source: Any) -> int:
+    """All identities are below this number."""
+    return getattr(source, "identities", len(source))
 
 
 def identity(source: Any, i: int) -> int:

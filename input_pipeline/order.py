@@ -4,12 +4,16 @@ Nothing is kept between two positions, so the stream starts at position 10^9 as 
 """
 
 import functools
+import heapq
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import grain
 import numpy as np
+
+# Weights are resolved to 1 / period: the shortest of 10^4, 10^5, 10^6 that resolves the smallest.
+LEAST_PERIOD, MOST_PERIOD = 10_000, 1_000_000
 
 
 def order_of(source: Any, seed: int) -> Any:
@@ -76,39 +80,60 @@ class BlockEpochs:
 class Pattern:
     """Which part of a mixture a position belongs to, and which position of that part it is.
 
-    PERIOD positions hold each part as often as its weight says (to 1 / PERIOD), spread evenly; then
-    they repeat. So any n positions hold n * weight of each part, to within about one.
+    A period holds each part as often as its weight says (to 1 / period, but at least once), and
+    then repeats. Within it the count of every part stays within one of its share, for any number
+    of parts: the j-th position of a part with c of P lies between j P / c and (j + 1) P / c.
 
     Raises:
-      ValueError: no weight is above 0, or a positive one is too small for PERIOD.
+      ValueError: no weight is above 0, or one is below or not finite.
     """
-
-    PERIOD = 10_000
 
     def __init__(self, weights: Sequence[float]):
         shares = np.asarray(weights, np.float64)
         if not len(shares) or shares.min() < 0 or not np.isfinite(shares).all() or not shares.any():
             raise ValueError("weights must be at least 0, and one of them above")
-        exact = shares / shares.sum() * self.PERIOD
-        counts = np.floor(exact).astype(np.int64)
+        shares /= shares.sum()
+        self.period = LEAST_PERIOD
+        while shares[shares > 0].min() * self.period < 1 and self.period < MOST_PERIOD:
+            self.period *= 10
+        exact = shares * self.period
+        counts = np.maximum(np.floor(exact), shares > 0).astype(np.int64)
         # Largest remainders; equal ones in the order of the parts.
-        for part in np.argsort(counts - exact, kind="stable")[: self.PERIOD - counts.sum()]:
+        spare = self.period - int(counts.sum())
+        for part in np.argsort(counts - exact, kind="stable")[: max(spare, 0)]:
             counts[part] += 1
-        if (counts[shares > 0] == 0).any():
-            raise ValueError(f"a share below 1/{self.PERIOD} is too small; leave that part out")
+        counts[np.argmax(counts)] += min(spare, 0)
         self.counts = counts
-        # The j-th of c positions of a part wants to stand at (j + 1/2) / c of the period.
-        wanted = np.concatenate([(np.arange(c) + 0.5) / c for c in counts])
-        self._parts = np.repeat(np.arange(len(counts)), counts)[np.argsort(wanted, kind="stable")]
-        self._ranks = np.zeros(self.PERIOD, np.int64)
+        self._parts = _spread(counts)
+        self._ranks = np.zeros(self.period, np.int64)
         for part, count in enumerate(counts):
             self._ranks[self._parts == part] = np.arange(count)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         """(part, position in the stream of that part)."""
-        period, place = divmod(position, self.PERIOD)
+        period, place = divmod(position, self.period)
         part = int(self._parts[place])
         return part, period * int(self.counts[part]) + int(self._ranks[place])
+
+
+def _spread(counts: np.ndarray) -> np.ndarray:
+    """Part of each place of a period: of the parts whose next window has opened, the one whose
+    window closes first (Tijdeman, The chairman assignment problem, 1980)."""
+    period = int(counts.sum())
+    opening = [(0, part) for part, count in enumerate(counts.tolist()) if count]
+    closing: list[tuple[float, int]] = []
+    done = [0] * len(counts)
+    parts = np.empty(period, np.int64)
+    for place in range(period):
+        while opening and opening[0][0] <= place:
+            _, part = heapq.heappop(opening)
+            heapq.heappush(closing, ((done[part] + 1) * period / int(counts[part]), part))
+        _, part = heapq.heappop(closing)
+        parts[place] = part
+        done[part] += 1
+        if done[part] < counts[part]:
+            heapq.heappush(opening, (done[part] * period / int(counts[part]), part))
+    return parts
 
 
 def _shuffled(place: int, examples: int, seed: int) -> int:

@@ -33,10 +33,10 @@ def parse(
     if not text.strip():
         return []
     try:
-        node = ast.parse(text.strip(), mode="eval").body
+        node = ast.parse(f"({text})", mode="eval").body  # brackets: it may have several lines
     except (SyntaxError, ValueError, RecursionError) as error:
         raise UserError(
-            f"config.{key}={text!r} cannot be read ({getattr(error, 'msg', error)}); "
+            f"config.{key}={text[:200]!r} cannot be read ({getattr(error, 'msg', error)}); "
             "write steps as in 'first | second(0.5) | third(name=1)'"
         ) from error
     steps = []

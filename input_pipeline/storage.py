@@ -126,7 +126,8 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     found: list[str] = []
     for path in itertools.chain.from_iterable(map(_braces, patterns)):
-        if not re.search(r"[*?\[]", path) or re.match(r"https?://", path):
+        literal = not is_url(path) and os.path.exists(os.path.expanduser(path))
+        if literal or not re.search(r"[*?\[]", path) or re.match(r"https?://", path):
             found.append(path)
             continue
         matches = _glob(path)

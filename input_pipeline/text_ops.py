@@ -45,7 +45,7 @@ def tokenize(text: str, to: To, *, eos: str = "sticky", pad_id: int | None = Non
     if eos not in EOS_MODES:
         raise ValueError(f"eos={eos!r} is none of {', '.join(EOS_MODES)}")
     pad: int = tokenizer.eos_id if pad_id is None else pad_id
-    if not 0 <= pad < tokenizer.vocab_size:
+    if not isinstance(pad, int) or not 0 <= pad < tokenizer.vocab_size:
         raise ValueError(
             f"pad_id={pad} is not an id of the tokenizer, which has {tokenizer.vocab_size}"
         )

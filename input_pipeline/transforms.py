@@ -14,10 +14,15 @@ from input_pipeline import program
 from input_pipeline.errors import BadExample, UserError
 from input_pipeline.fields import FIELD_OPS
 from input_pipeline.image_ops import IMAGE_OPS, PRESETS, At
+from input_pipeline.storage import one_line
 from input_pipeline.text_ops import TEXT_OPS, To
 
 # The loader has a thread for each core already; OpenCV's own would only compete with them.
 cv2.setNumThreads(0)
+
+
+# What steps raise where their options are of no use.
+MISTAKES = (ValueError, TypeError, ArithmeticError, cv2.error, BadExample)
 
 
 def make_preprocess(
@@ -108,10 +113,14 @@ class Preprocess:
         texts = example["texts"]
         if not texts:
             raise BadExample("no caption", id=example["id"])
+        weights = example.get("weights") or [1.0] * len(texts)
+        if len(weights) != len(texts):
+            told = f"{len(weights)} weights of {len(texts)} captions"
+            raise BadExample("damaged record", told, id=example["id"])
         # Equal ones draw as none do: the same data in another format are the same batches.
-        if len(set(example.get("weights", ()))) < 2 and example.get("weights", (1,))[0] > 0:
+        if len(set(weights)) == 1 and weights[0] > 0:
             return texts[int(rng.integers(len(texts)))]
-        ends = np.cumsum(example["weights"])
+        ends = np.cumsum(weights)
         if not ends[-1] > 0:
             raise BadExample("no caption", "all have probability 0", id=example["id"])
         return texts[int(np.searchsorted(ends, rng.random() * ends[-1], "right"))]
@@ -157,8 +166,8 @@ class Preprocess:
                     )
                 try:
                     made = step(made, at)
-                except (ValueError, TypeError) as error:
-                    raise UserError(f"config.input.image: {name}: {error}") from None
+                except MISTAKES as error:
+                    raise UserError(f"config.input.image: {name}: {one_line(error)}") from None
             wanted = (self.res, self.res, 3)
             if isinstance(made, np.ndarray) and (made.shape != wanted or made.dtype != np.uint8):
                 raise UserError(
@@ -173,7 +182,7 @@ class Preprocess:
                 raise UserError(f"config.input.text: nothing can follow tokenize, as {name} does")
             try:
                 text = step(text, self._to)
-            except (ValueError, TypeError) as error:
-                raise UserError(f"config.input.text: {name}: {error}") from None
+            except MISTAKES as error:
+                raise UserError(f"config.input.text: {name}: {one_line(error)}") from None
         if isinstance(text, str):
             raise UserError("config.input.text must end with `tokenize`")

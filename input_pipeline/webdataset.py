@@ -126,7 +126,7 @@ class WebDataset:
     def by_language(self) -> dict[str, np.ndarray]:
         """Language -> ascending indices, int64. Samples that name none are in none of them."""
         if not self._language:
-            raise UserError("webdataset: set `language` to choose examples by their language")
+            return {}
         found: dict[str, list[np.ndarray]] = {}
         for shard, start in enumerate(self._starts[:-1]):
             try:

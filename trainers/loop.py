@@ -29,7 +29,7 @@ from trainers.results import Results
 
 __all__ = ["Diverged", "Interrupted", "SaveError", "evaluate", "train"]
 
-PARAMETERS = "parameters.txt"
+PARAMETERS, INDEX = "parameters.txt", "index"  # in the workdir
 FIELDS = ("image", "text", "mask", "bad", "index")  # of a batch, that the update step takes
 AHEAD = 2  # updates in flight: the host prepares one while the device does another
 
@@ -54,11 +54,12 @@ class Run:
     progress: Progress
     bad: Bad  # the bad examples that this process met, by name
     bad_counts: np.ndarray  # of all processes, by kind, in all steps that are done
+    checked: tuple[int, int]  # (step, bad examples) up to which none came in crowds
 
     def save(self, step: int, state: contrastive.TrainState) -> None:
         """The state and the position in the data: batches are a function of (seed, step)."""
         self.writer.flush()  # a power cut must not leave a checkpoint that is ahead of the log
-        position = _position(self.things.config, step, self.plan.epoch)
+        position = _position(self.things.config, self.plan, step)
         counts = {kind: int(count) for kind, count in zip(KINDS, self.bad_counts) if count}
         self.checkpoints.save(step, state, {**position, "bad": counts})
 
@@ -82,9 +83,9 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
     workdir, is_main = pathlib.Path(workdir), jax.process_index() == 0
     things = setup.make_setup(config)
     setup.check_batch(config, things.mesh)
-    storage.keep_indexes_in(str(workdir / "index"))
+    storage.keep_indexes_in(str(workdir / INDEX))
     source = setup.make_source(config)
-    plan = setup.make_plan(config, len(source))
+    plan = setup.make_plan(config, len(source), setup.order_hash(config, source))
     evaluators = setup.make_evaluators(things)
     params = things.abstract_params()
     tx, schedule = make_tx(
@@ -134,6 +135,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
             progress,
             Bad(),
             bad_counts,
+            (first, int(bad_counts.sum())),
         )
         _introduce(run, len(source), state, start)
         update = contrastive.make_update(
@@ -181,6 +183,7 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
     start = checkpointing.find_start(str(workdir))
     if start.kind == "scratch":
         raise UserError(f"{workdir} holds no checkpoint to evaluate; train first")
+    storage.keep_indexes_in(str(workdir / INDEX))
     things = setup.make_setup(config)
     evaluators = setup.make_evaluators(things)
     abstract = setup.sharded(things.abstract_params(), things.mesh)
@@ -209,7 +212,7 @@ def _start(config, plan, workdir, checkpoints, abstract, init):
             state = init().replace(params=params)
         case _:
             state = init()
-    here = _position(config, step, plan.epoch)
+    here = _position(config, plan, step)
     if differing := [k for k in here if saved.get(k, here[k]) != here[k]]:
         raise UserError(
             f"the run goes on in the data where {start.path} stopped, but "
@@ -226,10 +229,15 @@ def _start(config, plan, workdir, checkpoints, abstract, init):
     return state, step, start, np.array([counts.get(kind, 0) for kind in KINDS], np.int32)
 
 
-def _position(config, step: int, epoch: int) -> dict[str, int]:
-    """Where a run stands in its data: the order is a function of seed and length of the data."""
-    examples = step * config.input.batch_size
-    return {"step": step, "seed": config.seed, "examples": examples, "examples_per_epoch": epoch}
+def _position(config, plan: setup.Plan, step: int) -> dict[str, int]:
+    """Where a run stands in its data, and which order they have."""
+    return {
+        "step": step,
+        "seed": config.seed,
+        "examples": step * config.input.batch_size,
+        "examples_per_epoch": plan.epoch,
+        "order": plan.order,
+    }
 
 
 def _due(plan: setup.Plan, step: int) -> list[str]:
@@ -317,6 +325,15 @@ def _check(run: Run, step: int, tally: contrastive.Tally) -> None:
     run.bad_counts, examples = np.asarray(tally.bad), step * run.things.config.input.batch_size
     bad = int(tally.bad.sum())
     allowed = run.things.config.input.max_bad_fraction
+    # A disk that has gone: the whole run's share would show it late.
+    recent, since = examples - run.checked[0] * run.things.config.input.batch_size, run.checked[1]
+    if recent >= CROWD:
+        if bad - since > max(0.5, allowed) * recent:
+            raise UserError(
+                f"{bad - since} of the last {recent} examples could not be used by step {step}; "
+                f"the worst: {_everywhere(run.bad.worst())}"
+            )
+        run.checked = step, bad
     # Of few examples one is a large share already, so a single one stops no run that allows any.
     if bad > max(allowed * examples, 1 if allowed else 0):
         kinds = ", ".join(f"{n} {kind}" for kind, n in zip(KINDS, tally.bad) if n)
@@ -341,6 +358,7 @@ def _check(run: Run, step: int, tally: contrastive.Tally) -> None:
         )
 
 
+CROWD = 256  # examples, of which half are not bad by chance
 MOST_BYTES = 2000  # of a message that another process tells
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import zlib
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ from evaluators.whole import Whole
 from input_pipeline import SOURCES, TOKENIZERS
 from input_pipeline.bad import Bad
 from input_pipeline.errors import UserError
-from input_pipeline.mixture import Languages, Mixture
+from input_pipeline.mixture import Languages, Mixture, languages_of
+from input_pipeline.order import order_of
 from input_pipeline.transforms import Preprocess, make_preprocess
 from siglip import exchange
 from siglip.losses import Loss
@@ -116,9 +118,11 @@ def make_source(config: Any) -> Any:
     }
     _check_damage(parts, block.max_bad_fraction)
     if temperature is not None:
-        balanced = [name for name, part in parts.items() if hasattr(part, "by_language")]
+        balanced = [name for name, part in parts.items() if languages_of(part)]
         if not balanced:
             Languages(next(iter(parts.values())), temperature)  # says what is missing
+        if others := sorted(parts.keys() - balanced):
+            logging.warning("languages: %s of the mixture know none", ", ".join(others))
         parts |= {name: Languages(parts[name], temperature) for name in balanced}
     return Mixture(parts, tuple(part.weight for part in block.mixture.values()))
 
@@ -206,6 +210,11 @@ def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
         value = (config[block] if block else config)[name]
         if value < least:
             raise UserError(f"config.{key}={value} must be at least {least}")
+    if not 0 <= config.input.max_bad_fraction < 1:
+        raise UserError(
+            f"config.input.max_bad_fraction={config.input.max_bad_fraction} must be from 0 to 1, "
+            "as 0.01 for one in a hundred"
+        )
     batch_size = config.input.batch_size
     if batch_size < 1 or batch_size % mesh.size:
         near = max(1, round(batch_size / mesh.size)) * mesh.size
@@ -229,13 +238,21 @@ class Plan:
     """The durations of a run in steps."""
 
     epoch: int  # examples
+    order: int  # see order_hash
     total: int
     save_every: int | None
     keep_every: int | None
     evals: dict[str, int | None]  # None: only at the end
 
 
-def make_plan(config: Any, examples_per_epoch: int) -> Plan:
+def order_hash(config: Any, source: Any) -> int:
+    """A number that differs where another example, or other noise, stands at some positions."""
+    order = order_of(source, config.seed)
+    places = [order[position] for position in range(0, 64 * 4099, 4099)]
+    return zlib.crc32(repr((places, config.input.corrupt)).encode())
+
+
+def make_plan(config: Any, examples_per_epoch: int, order: int = 0) -> Plan:
     """Raises UserError for a duration that is none, or a run without steps."""
     if examples_per_epoch < 1:
         raise UserError("config.input.source holds no examples")
@@ -254,6 +271,7 @@ def make_plan(config: Any, examples_per_epoch: int) -> Plan:
         raise UserError(f"config.total={config.total!r} is no step at all")
     return Plan(
         examples_per_epoch,
+        order,
         total,
         steps(config.checkpoint.every, "checkpoint.every", total),
         steps(config.checkpoint.keep_every, "checkpoint.keep_every", total),

@@ -46,7 +46,7 @@ def run(config, *flags):
 def test_it_shows_shapes_counts_captions_tokens_and_a_sheet(config, capsys):
     assert run(config, "--batches=10", "--step=3") == 0
     out = capsys.readouterr().out
-    assert "6 examples; 8 of a batch of 8 are looked at" in out
+    assert "6 examples; the first 8 rows of each batch of 8 are made" in out
     assert "image        uint8[8, 16, 16, 3]" in out and "text         int32[8, 8]" in out
     assert "80 rows of steps 3 to 12:" in out
     assert "sources: a 60, b 20" in out
@@ -64,6 +64,25 @@ def test_any_config_key_can_be_changed(config, capsys):
     assert run(config, "--config.input.image=hf-naflex") == 0
     out = capsys.readouterr().out
     assert "image        uint8[8, 256, 768]" in out and "image_shape  int32[8, 2]" in out
+
+
+def test_of_a_large_batch_it_shows_the_first_rows(config, capsys, monkeypatch):
+    monkeypatch.setattr(inspect.loader.Batches, "__next__", spied := _spy(inspect.loader.Batches))
+    assert run(config, "--config.input.batch_size=1026", "--step=3", "--batches=2") == 0
+    assert "the first 171 rows of each batch of 1026" in capsys.readouterr().out
+    starts = [batch["position"][0] for batch in spied.batches]
+    assert starts == [3 * 1026, 4 * 1026]
+
+
+def _spy(cls):
+    original = cls.__next__
+
+    def spied(self):
+        spied.batches.append(original(self))
+        return spied.batches[-1]
+
+    spied.batches = []
+    return spied
 
 
 def test_patches_are_put_together_again():

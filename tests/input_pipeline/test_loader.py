@@ -275,6 +275,38 @@ def test_bad_examples_change_no_other_row():
         assert not part["text"][bad].any()
 
 
+def test_a_bad_caption_is_booked_on_the_example_it_is_of():
+    bad = Bad()
+    preprocess = make_preprocess(Bytes(), res=2, token_len=3)
+
+    class Source(Memory):
+        def __getitem__(self, i):
+            if i == 3:
+                raise BadExample("damaged record", shard="three")
+            return {**super().__getitem__(i), "shard": "others"}
+
+    source = Source(images=[png((i, 0, 0)) for i in range(8)], texts=list("abcdefgh"))
+    with loader.train_batches(
+        source, preprocess, batch_size=8, seed=0, prefetch=1, corrupt="batch(1.0)", bad=bad
+    ) as batches:
+        next(batches)
+    assert set(bad.shards()) == {"three"} and bad.worst().endswith("such as [3] (damaged record)")
+
+
+def test_fields_of_other_shapes_are_one_line():
+    class Source(Memory):
+        def __getitem__(self, i):
+            return {**super().__getitem__(i), "box": [0] * (3 + (i == 5))}
+
+    source = Source(images=[png((i, 0, 0)) for i in range(8)], texts=list("abcdefgh"))
+    preprocess = make_preprocess(Bytes(), res=2, token_len=3, fields="keep('box')")
+    with (
+        loader.train_batches(source, preprocess, batch_size=8, seed=0) as batches,
+        pytest.raises(UserError, match=r"box of memory/5 is int64\[4\], that of another .*\[3\]"),
+    ):
+        next(batches)
+
+
 @pytest.mark.timeout(60)
 def test_a_source_without_a_good_example_stops_at_once_with_the_reasons():
     read = []

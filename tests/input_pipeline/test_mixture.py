@@ -132,8 +132,28 @@ def test_an_example_in_two_languages_is_one_example():
     balanced = Languages(Spoken(), 1)
     seven = [i for i in range(len(balanced)) if balanced[i]["number"] == 7]
     assert len(seven) == 2 and {balanced.identity(i) for i in seven} == {7}
-    mixed = Mixture({"a": Numbers(0, 10), "b": balanced}, (1, 1))
-    assert {mixed.identity(10 + i) for i in seven} == {17}
+    mixed = Mixture({"a": balanced, "b": Numbers(0, 10)}, (1, 1))
+    assert {mixed.identity(i) for i in seven} == {7}
+    # No two examples share one, though the first part has fewer rows than its source identities.
+    few = Spoken()
+    few.by_language = lambda: {"de": np.arange(0, 20, 5)}
+    mixed = Mixture({"a": Languages(few, 1), "b": Languages(few, 1)}, (1, 1))
+    assert len(mixed) == 8 and len({mixed.identity(i) for i in range(8)}) == 8
+
+
+def test_examples_without_a_language_are_told(caplog):
+    source = Spoken()
+    source.by_language = lambda: {"de": np.arange(0, 20, 5), "eu": np.array([5, 7])}
+    Languages(source, 1)
+    assert "15 of 20 examples name no language" in caplog.text
+
+
+def test_a_mixture_knows_what_its_parts_left_out():
+    one, other = Numbers(0, 5), Numbers(0, 5)
+    one.damage = {("no image", "a.tar"): 2}
+    other.damage = {("no image", "a.tar"): 1, ("no caption", "b.tar"): 4}
+    mixed = Mixture({"a": one, "b": other, "c": Numbers(0, 2)}, (1, 1, 1))
+    assert mixed.damage == {("no image", "a.tar"): 3, ("no caption", "b.tar"): 4}
 
 
 def test_mistakes_are_named():

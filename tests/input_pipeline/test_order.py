@@ -38,20 +38,31 @@ def test_blocks_in_any_order_of_asking():
     assert [other[i] for i in reversed(range(200))] == forward[::-1]
 
 
-@pytest.mark.parametrize("weights", [[1], [0.8, 0.2], [3, 5, 1.5], [0, 1], [1] * 7, [1e-3, 1.0]])
-def test_any_stretch_of_a_pattern_has_the_shares_of_the_weights(weights):
+@pytest.mark.parametrize(
+    "weights",
+    [[1], [0.8, 0.2], [3, 5, 1.5], [0, 1], [1] * 7, [1e-3, 1.0], [1e5, 2]]
+    + [[0.5] + [0.01] * 50, [1] * 100, [1 / k for k in range(1, 101)]],
+)
+def test_any_first_n_examples_have_each_part_within_one_of_its_share(weights):
     pattern = Pattern(weights)
-    parts, places = map(np.array, zip(*(pattern[i] for i in range(3 * Pattern.PERIOD))))
+    n = 2 * pattern.period + 7
+    parts, places = map(np.array, zip(*(pattern[i] for i in range(n))))
     share = np.array(weights) / np.sum(weights)
-    for start, length in ((0, 100), (5000, 1000), (9990, 20), (0, 3 * Pattern.PERIOD)):
-        counts = np.bincount(parts[start : start + length], minlength=len(weights))
-        assert np.abs(counts - share * length).max() <= len(weights) + 1 + length / Pattern.PERIOD
-    for part in range(len(weights)):  # each part's stream without a gap
-        mine = places[parts == part]
+    assert np.abs(pattern.counts / pattern.period - share).max() <= 1 / pattern.period
+    for part in range(len(weights)):
+        so_far = np.cumsum(parts == part)
+        wanted = np.arange(1, n + 1) * (pattern.counts[part] / pattern.period)
+        assert np.abs(so_far - wanted).max() < 1
+        mine = places[parts == part]  # each part's stream without a gap
         np.testing.assert_array_equal(mine, np.arange(len(mine)))
 
 
-@pytest.mark.parametrize("weights", [[], [0, 0], [-1, 2], [float("nan")], [1, 1e-9]])
+def test_the_rarest_part_comes_too():
+    pattern = Pattern([1, 1e-9, 0])
+    assert pattern.period == 10**6 and pattern.counts.tolist() == [10**6 - 1, 1, 0]
+
+
+@pytest.mark.parametrize("weights", [[], [0, 0], [-1, 2], [float("nan")], [1, float("inf")]])
 def test_weights_that_are_none_are_refused(weights):
     with pytest.raises(ValueError):
         Pattern(weights)

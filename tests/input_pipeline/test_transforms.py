@@ -49,7 +49,8 @@ RANDOM = "decode | shorter_side(20) | random_crop | flip | color_jitter | rand_a
     "image",
     [
         "decode | resize",
-        "decode(shrink=True) | shorter_side | center_crop",
+        "decode(shrink=64) | shorter_side | center_crop",
+        "decode\n| resize\n",
         "decode | random_resized_crop(area=(0.3, 1.0), ratio=(1, 1), method='area') | flip",
         ("decode", "shorter_side(40, 'bicubic-pil')", "center_crop"),
         RANDOM,
@@ -82,8 +83,7 @@ def test_shrinking_keeps_at_least_the_size_of_the_model():
     Image.fromarray(smooth).save(file, "JPEG", quality=95)
     seen = []
     for res in (16, 51, 101, 201):
-        at = At(res)
-        seen.append(IMAGE_OPS["decode"](file.getvalue(), at, shrink=True).shape[:2])
+        seen.append(IMAGE_OPS["decode"](file.getvalue(), At(16), shrink=res).shape[:2])
         assert min(seen[-1]) >= min(res, 400)
     assert seen == [(50, 75), (100, 150), (200, 300), (400, 600)]
     assert IMAGE_OPS["decode"](file.getvalue(), At(16)).shape[:2] == (400, 600)
@@ -142,6 +142,9 @@ def test_captions_are_drawn_by_their_weights():
     example = {"texts": ["a", "b", "c"], "weights": [0.2, 0.0, 0.6], "id": "x"}
     drawn = [p.caption(example, rng(seed)) for seed in range(400)]
     assert 70 < drawn.count("a") < 130 and drawn.count("b") == 0
+    with pytest.raises(BadExample, match="1 weights of 2 captions"):
+        p.caption({"id": "x", "texts": ["a", "b"], "weights": [1.0]}, rng())
+    assert p.caption({"id": "x", "texts": ["a"], "weights": []}, rng()) == "a"
     for nothing in ({"texts": []}, {"texts": ["a"], "weights": [0.0]}):
         with pytest.raises(BadExample, match="no caption"):
             p.caption({"id": "x", **nothing}, rng())
@@ -153,8 +156,10 @@ def test_fields_of_an_example_are_kept_and_renamed():
     row = p.example(example, rng())
     assert row["class_id"] == 3 and row["area"].tolist() == [1.5, 2.0]
     assert set(row) == {"image", "text", "class_id", "area"}
+    with pytest.raises(BadExample, match="no 'lable' among area, id"):
+        preprocess(fields="keep('lable')").example(example, rng())
     for steps, told in (
-        ("keep('lable')", "have no 'lable'"),
+        ("keep('image')", "'image' is a name that every batch has"),
         ("keep('id')", "'id' is no number"),
         ("rename(old='a', new='b')", "'a' is not kept"),
         ("keep('label') | rename('label', 'mask')", "'mask' is a name that every batch has"),
@@ -187,6 +192,13 @@ def test_bad_examples_say_their_kind(example, kind):
         ({"image": "decode | random_resized_crop((0, 1))"}, "area=\\(0, 1\\) must be"),
         ({"image": "decode | random_resized_crop((0.5, 2))"}, "area=\\(0.5, 2\\) must be"),
         ({"image": "decode | random_resized_crop(0.5)"}, "input.image: random_resized_crop: "),
+        ({"image": "decode | shorter_side(8) | center_crop"}, "center_crop: unusable image"),
+        ({"image": "decode | shorter_side(-5) | center_crop"}, "size=-5 is no whole number from 0"),
+        ({"image": "decode | shorter_side(1e3) | center_crop"}, "size=1000.0 is no whole number"),
+        ({"image": "decode | naflex(patch_size=0)"}, "patch_size=0 is no whole number from 1"),
+        ({"image": "decode | color_jitter(1e999) | resize"}, "input.image: color_jitter: "),
+        ({"image": "decode(shrink=True) | resize"}, "decode: shrink=True is no whole number"),
+        ({"text": "tokenize(pad_id=1.5)"}, "pad_id=1.5 is not an id"),
         ({"image": "resize"}, "must begin with `decode`"),
         ({"image": ""}, "end it with `resize`|must begin with `decode`"),
         ({"image": "decode"}, r"ends in uint8\[25, 29, 3\], the model takes uint8\[16, 16, 3\]"),

@@ -18,6 +18,7 @@ import main as program
 from evaluators import retrieval
 from input_pipeline import loader
 from input_pipeline.errors import UserError
+from input_pipeline.files import Files
 from siglip import sharding
 from trainers import config as configs
 from trainers import loop
@@ -344,6 +345,25 @@ def test_too_many_bad_images_stop_the_run(
     assert err.startswith(told) and err.count("\n") == 1
     named = re.findall(r"(\d+)\.png", err)
     assert named and all(int(i) < bad for i in named)
+
+
+def test_a_disk_that_goes_late_stops_the_run_soon(tiny, pairs, tmp_path, capsys, monkeypatch):
+    """The share of all examples would be above 60 % after 30 batches only."""
+    read, reads = Files.__getitem__, []
+
+    def gone(self, i):
+        reads.append(i)
+        example = read(self, i)
+        return example if len(reads) < 20 * BATCH else {**example, "image": b""}
+
+    monkeypatch.setattr(Files, "__getitem__", gone)
+    flags = ("--config.total=100 steps", "--config.input.max_bad_fraction=0.6")
+    every = "--config.checkpoint.every="
+    assert tiny.main(tmp_path / "w", *pairs(0), *flags, every) == program.MISTAKE
+    told = re.match(
+        r"error: (\d+) of the last 256 examples .* by step (\d+)", capsys.readouterr().err
+    )
+    assert told and int(told[1]) > 153 and int(told[2]) == 32
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 import math
 import pathlib
 
+import numpy as np
 import pytest
 
 from input_pipeline.errors import UserError
+from input_pipeline.mixture import Mixture
 from siglip.sharding import make_mesh
 from trainers import config as configs
 from trainers import setup
@@ -79,3 +81,30 @@ def test_what_a_source_left_out_counts_as_bad_examples(allowed, refused, caplog)
     else:
         setup._check_damage({"cc12m": Source(), "other": range(3)}, allowed)
         assert "b.tar: 1 damaged record" in caplog.text
+
+
+def test_the_hash_of_an_order_changes_with_whatever_changes_the_order():
+    class Blocks(list):
+        blocks, window = np.array([0, 50, 100]), 2
+
+    def hashed(source, **settings):
+        return setup.order_hash(load(**settings), source)
+
+    one = hashed(range(100))
+    assert one == hashed(range(100)) == hashed(list("ab") * 50)
+    parts = {"a": range(60), "b": range(40)}
+    mixtures = [Mixture(parts, weights) for weights in ((1, 1), (1, 2))]
+    others = [
+        hashed(range(100), seed=1),
+        hashed(range(101)),
+        hashed(range(100), input__corrupt="image(0.1)"),
+        hashed(Blocks(range(100))),
+        *map(hashed, mixtures),
+    ]
+    assert len({one, *others}) == 7
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 5.0, float("nan")])
+def test_a_share_of_bad_examples_is_a_share(fraction):
+    with pytest.raises(UserError, match="max_bad_fraction=.* must be from 0 to 1"):
+        setup.check_batch(load(input__max_bad_fraction=fraction), make_mesh())
