@@ -98,8 +98,9 @@ def train_batches(
         for key, like in zeros.items():
             if made[key].shape != like.shape or made[key].dtype != like.dtype:
                 raise UserError(
-                    f"{key} of {example['id']} is {made[key].dtype}{list(made[key].shape)}, that of "
-                    f"another example {like.dtype}{list(like.shape)}; a batch needs equal ones"
+                    f"{key} of {example['id']} is {made[key].dtype}{list(made[key].shape)}, "
+                    f"that of another example {like.dtype}{list(like.shape)}; "
+                    "a batch needs equal ones"
                 )
         if corrupt:
             made = corruption.corrupt_image(made, position)

@@ -120,7 +120,9 @@ def _spread(counts: np.ndarray) -> np.ndarray:
     """Part of each place of a period: of the parts whose next window has opened, the one whose
     window closes first (Tijdeman, The chairman assignment problem, 1980)."""
     period = int(counts.sum())
-    opening = [(0, part) for part, count in enumerate(counts.tolist()) if count]
+    opening: list[tuple[float, int]] = [
+        (0, part) for part, count in enumerate(counts.tolist()) if count
+    ]
     closing: list[tuple[float, int]] = []
     done = [0] * len(counts)
     parts = np.empty(period, np.int64)
@@ -136,8 +138,19 @@ def _spread(counts: np.ndarray) -> np.ndarray:
     return parts
 
 
+FEW = 4096  # examples whose permutation is rather kept: the cipher is slow for small sets
+
+
 def _shuffled(place: int, examples: int, seed: int) -> int:
-    return int(grain.experimental.index_shuffle(place, max_index=examples - 1, seed=seed, rounds=4))
+    if examples <= FEW:
+        return int(_permutation(examples, seed)[place])
+    shuffled = grain.experimental.index_shuffle(place, max_index=examples - 1, seed=seed, rounds=4)
+    return int(shuffled)
+
+
+@functools.lru_cache(maxsize=256)
+def _permutation(examples: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(examples).astype(np.int32)
 
 
 @functools.lru_cache(maxsize=1024)

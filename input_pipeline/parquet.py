@@ -213,13 +213,21 @@ class Parquet:
             raise BadExample("no image", one_line(error)) from error
 
     def _place(self, image: str, path: str) -> str:
+        protocols = {place.partition(":")[0] for place in (self._folder, path) if is_url(place)}
+        if is_url(image) and image.partition(":")[0] not in protocols:
+            # Data must not choose whom this machine talks to.
+            raise BadExample("no image", f"its path is a URL, {image}; set `images` to allow that")
         return image if is_url(image) else join(self._folder or parent(path), image)
 
     def _check_one_image(self) -> None:
         """A missing folder shows at once."""
         table = self._decode(0, [self._image])
         values = [] if isinstance(table, str) else table.column(0).drop_null()[:1].to_pylist()
-        for place in (self._place(value, self._paths[0]) for value in values if value):
+        for value in filter(None, values):
+            try:
+                place = self._place(value, self._paths[0])
+            except BadExample as error:
+                raise UserError(f"parquet: {self._paths[0]}: {error}") from error
             if not is_file(place):
                 raise UserError(
                     f"parquet: {self._paths[0]} names the image {place}, which does not exist; "
@@ -325,7 +333,8 @@ def _is_image(kind: pa.DataType) -> bool:
         return _is_bytes(kind) or _is_text(kind)
     inside = {field.name: field.type for field in kind}
     fits = "bytes" in inside and _is_bytes(inside["bytes"])
-    return fits and ("path" not in inside or _is_text(inside["path"]))
+    path = inside.get("path", pa.null())
+    return fits and (pa.types.is_null(path) or _is_text(path))
 
 
 def _class_names(schema: pa.Schema, label: str) -> list[str] | None:

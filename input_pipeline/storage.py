@@ -9,7 +9,9 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import fsspec
@@ -41,10 +43,10 @@ class Blob:
         try:
             if is_url(path):
                 self._fs, self._inside = _file_system(path)
-                info = self._fs.info(self._inside)
-                if info.get("type") == "directory":
+                self._info = _asked(self._fs.info, self._inside)
+                if self._info.get("type") == "directory":
                     raise IsADirectoryError(path)
-                self.size = int(info["size"])
+                self.size = int(self._info["size"])
             else:
                 self._inside = os.path.expanduser(path)
                 with open(self._inside, "rb") as file:  # a folder, or not allowed: found here
@@ -63,7 +65,13 @@ class Blob:
         if end <= offset:
             return b""
         if self._fs is not None:
-            return bytes(self._fs.cat_file(self._inside, start=offset, end=end))
+            data = bytes(_asked(self._fs.cat_file, self._inside, start=offset, end=end))
+            if len(data) != end - offset:
+                raise OSError(
+                    f"{self.path} answered {len(data)} bytes where {end - offset} were asked for; "
+                    "copy the files, if their server does not serve parts of them"
+                )
+            return data
         parts = []
         with open(self._inside, "rb", buffering=0) as file:
             while offset < end:  # one call may return less, e.g. over a network file system
@@ -77,7 +85,7 @@ class Blob:
     def open(self) -> Any:
         """A file object of its own, for readers that want one."""
         if self._fs is not None:
-            return self._fs.open(self._inside, "rb")
+            return _asked(self._fs.open, self._inside, "rb")
         return open(self._inside, "rb")
 
     def fingerprint(self) -> str:
@@ -85,9 +93,13 @@ class Blob:
         if self._fs is None:
             stat = os.stat(self._inside)
             return f"{os.path.abspath(self._inside)}|{stat.st_size}|{stat.st_mtime_ns}"
-        info = self._fs.info(self._inside)
-        known = [str(info[key]) for key in ("etag", "ETag", "md5Hash", "mtime") if info.get(key)]
+        known = [f"{key}={self._info[key]}" for key in VERSIONS if self._info.get(key)]
         return "|".join([self.path, str(self.size), *known])
+
+
+# What storages say of a file that changes with its bytes.
+VERSIONS = ("etag", "ETag", "md5Hash", "Content-MD5", "generation", "mtime", "updated", "created")
+VERSIONS += ("LastModified", "last_modified", "Last-Modified", "blob_id", "xet_hash")
 
 
 def read(path: str) -> bytes:
@@ -98,17 +110,48 @@ def read(path: str) -> bytes:
       UserError: its protocol is not known or not installed.
     """
     if not is_url(path):
-        with open(os.path.expanduser(path), "rb") as file:
+        with open(os.path.expanduser(path), "rb", opener=_open_file) as file:
             return file.read()
     fs, inside = _file_system(path)
-    return bytes(fs.cat_file(inside))
+    return bytes(_asked(fs.cat_file, inside))
+
+
+def _open_file(path: str, flags: int) -> int:
+    """A regular file: data may name a pipe, which nobody writes to, or a device without an end."""
+    number = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(f"{path} is no regular file")
+    return number
+
+
+TRIES, PAUSE = 3, 0.5  # of what a storage refuses; seconds, doubled each time
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+def _asked(call: Callable, *args: Any, **options: Any) -> Any:
+    """The answer of a storage. A refusal may pass, as a busy server's does.
+
+    Raises:
+      OSError: whatever else it raises.
+    """
+    for trial in range(TRIES):
+        try:
+            return call(*args, **options)
+        except FINAL:
+            raise
+        except Exception as error:  # each storage has errors of its own
+            if trial == TRIES - 1:
+                raise OSError(one_line(error)) from error
+            time.sleep(PAUSE * 2**trial)
+    raise AssertionError
 
 
 def is_file(path: str) -> bool:
     if not is_url(path):
         return os.path.isfile(os.path.expanduser(path))
     fs, inside = _file_system(path)
-    return bool(fs.isfile(inside))
+    return bool(_asked(fs.isfile, inside))
 
 
 def parent(path: str) -> str:
@@ -123,8 +166,10 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     Raises:
       UserError: a glob that matches nothing, a brace that is none, or no pattern at all.
     """
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    found: list[str] = []
+    several = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(several, list | tuple) or not all(isinstance(p, str) for p in several):
+        raise UserError(f"path={patterns!r} is neither a pattern of files nor several")
+    patterns, found = several, []
     for path in itertools.chain.from_iterable(map(_braces, patterns)):
         literal = not is_url(path) and os.path.exists(os.path.expanduser(path))
         if literal or not re.search(r"[*?\[]", path) or re.match(r"https?://", path):
@@ -172,7 +217,10 @@ def _glob(path: str) -> list[str]:
         parts = full.relative_to(root) if full.anchor else full
         return sorted(str(p) for p in root.glob(str(parts)) if p.is_file())
     fs, inside = _file_system(path)
-    return sorted(fs.unstrip_protocol(name) for name in fs.glob(inside))
+    try:
+        return sorted(fs.unstrip_protocol(name) for name in _asked(fs.glob, inside))
+    except OSError as error:
+        raise UserError(f"{path} cannot be listed ({one_line(error)})") from error
 
 
 def _file_system(url: str) -> tuple[Any, str]:

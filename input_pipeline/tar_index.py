@@ -127,10 +127,10 @@ class _Samples:
             return ""
         try:
             fields = Fields({b"json": self._read(extent.data, extent.size)})
-            language = fields.text(Field(b"json", self._layout.language))
+            language = next(iter(fields.texts(Field(b"json", self._layout.language))), "")
         except BadExample:  # said again when the sample is read
             return ""
-        return language if language and len(language) <= 64 else ""
+        return language if len(language) <= 64 else ""
 
 
 _MISSING = Extent(-1, 0, 0, 0)
@@ -160,8 +160,8 @@ def walk(blob: storage.Blob, layout: Layout) -> np.ndarray:
             samples.tear(None)
             break
         if member is None:
-            if blob.size - at > MOST_PADDING:
-                broken = f"has zeros in place of a header, at byte {at}"
+            if blob.size - at > MOST_PADDING or any(read(at, blob.size - at)):
+                broken = f"has zeros in place of a header, at byte {at}, and goes on behind them"
                 samples.tear(None)
             break
         extent = member.extent

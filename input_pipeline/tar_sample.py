@@ -107,34 +107,49 @@ class Fields:
             self._json = parsed
         return self._json
 
-    def text(self, field: Field) -> str | None:
-        """None: the sample has no such caption; in JSON null says so too."""
-        if field.key:
-            text = self.json().get(field.key)
-            if text is not None and not isinstance(text, str):
-                raise BadExample("damaged record", f"{field} is not text")
-            size = len(text or "")
-        else:
-            content = self._contents[field.suffix]
-            size = len(content or b"")
-        if size > MOST_TEXT:
-            raise BadExample("damaged record", f"{field} has {size} bytes, more than {MOST_TEXT}")
+    def value(self, key: str) -> Any:
+        """Of a key, which 'a.b' may lead to through an object; None where there is none."""
+        fields: Any = self.json()
+        if key in fields:
+            return fields[key]
+        for part in key.split("."):
+            fields = fields.get(part) if isinstance(fields, dict) else None
+        return fields
+
+    def texts(self, field: Field) -> list[str]:
+        """One, or several out of a list. [] where the sample has none; null and NaN, which tables
+        become where a cell is empty, say so too."""
         if not field.key:
-            return None if content is None else _decoded(content)
-        if text is not None and re.search("[\ud800-\udfff]", text):
-            raise BadExample("caption not UTF-8", f"{field}: half a character")
-        return text
+            content = self._contents[field.suffix]
+            _check_size(field, content or b"")
+            return [] if content is None else [_decoded(content)]
+        value = self.value(field.key)
+        if value is None or value != value:
+            return []
+        texts = value if isinstance(value, list) else [value]
+        for text in texts:
+            if not isinstance(text, str):
+                raise BadExample("damaged record", f"{field} is not text")
+            _check_size(field, text)
+            if re.search("[\ud800-\udfff]", text):
+                raise BadExample("caption not UTF-8", f"{field}: half a character")
+        return texts
 
     def integer(self, field: Field) -> int:
         if field.key:
-            value = self.json().get(field.key)
-            if isinstance(value, int) and not isinstance(value, bool):
+            value = self.value(field.key)
+            if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
                 return value
         else:
             value = self._contents[field.suffix]
             if value is not None and re.fullmatch(rb"\s*-?\d{1,18}\s*", value):
                 return int(value)
         raise BadExample("damaged record", f"no integer in {field}")
+
+
+def _check_size(field: Field, text: str | bytes) -> None:
+    if len(text) > MOST_TEXT:
+        raise BadExample("damaged record", f"{field} has {len(text)} bytes, more than {MOST_TEXT}")
 
 
 def _decoded(content: bytes) -> str:

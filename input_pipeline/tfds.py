@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import resource
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,10 @@ class Tfds:
         decoders: Any = tfds.decode.SkipDecoding()
         for key in reversed(self._image):
             decoders = {key: decoders}
+        for key, feature in self._features.items():  # of other images nobody wants the pixels
+            if isinstance(feature, tfds.features.Image):
+                decoders = {**decoders, key: tfds.decode.SkipDecoding()}
+        allow_open_files()
         try:
             self._records = builder.as_data_source(split=split, decoders=decoders)
         except (ValueError, KeyError) as error:
@@ -74,12 +79,14 @@ class Tfds:
         return len(self._records)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        record = self._record(i)
-        example = {
-            "image": bytes(_at(record, self._image)),
-            "texts": _strings(_at(record, self._text)) if self._text else [],
-            "id": f"{self._name}[{i}]",
-        }
+        record, name = self._record(i), f"{self._name}[{i}]"
+        try:
+            texts = _strings(_at(record, self._text)) if self._text else []
+        except UnicodeDecodeError as error:
+            told = " ".join(str(error).split())[:200]
+            raise BadExample("caption not UTF-8", told, id=name, shard=self._folder) from error
+        image = bytes(_at(record, self._image))
+        example: dict[str, Any] = {"image": image, "texts": texts, "id": name}
         if self._label:
             example["label"] = int(_at(record, self._label))
         return example
@@ -92,7 +99,7 @@ class Tfds:
             if _at(record, self._image) is None:  # how a file that ends too early shows
                 raise ValueError("no record")
             return record
-        except (RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # TFDS and protobuf raise whatever damage leads them to
             told = " ".join(str(error).split())[:200]
             raise BadExample(
                 "damaged record", told, id=f"{self._name}[{i}]", shard=self._folder
@@ -126,6 +133,13 @@ def _walk(feature: Any, path: str) -> tuple[tuple[str, ...], Any] | None:
     return None
 
 
+def allow_open_files() -> None:
+    """As many as the system lets this process have: array_record keeps each shard open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 _DEFAULT = "~/tensorflow_datasets"
 
 
@@ -133,7 +147,7 @@ def _builder(dataset: str, folder: str) -> Any:
     """Reads what was prepared; never imports the code that prepared it, never downloads."""
     try:
         builder = read_only_builder.builder_from_files(dataset, data_dir=folder)
-    except (tfds.core.DatasetNotFoundError, ValueError, OSError) as error:
+    except (tfds.core.DatasetNotFoundError, ValueError, OSError, ImportError) as error:
         root = pathlib.Path(folder)
         found = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
         near = f"; {nearest(dataset, found)}" if found else ""
@@ -185,6 +199,6 @@ def _at(record: Any, keys: tuple[str, ...]) -> Any:
 def _strings(value: Any) -> list[str]:
     """All texts, without empty ones."""
     if isinstance(value, bytes | str):
-        text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+        text = value.decode("utf-8") if isinstance(value, bytes) else value
         return [text] if text.strip() else []
     return [text for one in value for text in _strings(one)]

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,9 +48,9 @@ class WebDataset:
         'gs://bucket/laion/{00000..41407}.tar'. Plain tar: compressed ones have no random access.
       image: suffixes of the image; the first that a sample has is taken.
       captions: (name, probability) of each caption. A name is the suffix of a member ('txt') or
-        a key of the sample's JSON ('json.caption'). A sample's captions are those of them that
-        it has; how often each is drawn is in proportion to the probabilities. (): there are none,
-        which is enough for classification.
+        a key of the sample's JSON ('json.caption', a text or a list of them; 'json.meta.alt'). A
+        sample's captions are those of them that it has; how often each is drawn is in proportion to
+        the probabilities. (): there are none, which is enough for classification.
       label: where the class stands, an integer: 'cls' or 'json.KEY'. '': there is none.
       language: 'json.KEY', where the language of the captions stands ('en'). '': not known.
 
@@ -75,6 +76,7 @@ class WebDataset:
         self._captions = _captions(captions)
         self._label = _field("label", label) if label else None
         self._language = _field("language", language) if language else None
+        self._again = threading.Lock()
         if self._language and not self._language.key:
             raise UserError(f"webdataset: language={language!r} is no 'json.KEY'")
         self._layout = _layout(image, self._captions, self._label, self._language)
@@ -109,8 +111,10 @@ class WebDataset:
             name, image, contents = read_sample(blob, members, example, base)
             example |= {"id": f"{base}/{name}", "image": image}
             fields = Fields(dict(zip(self._layout.texts, contents)))
-            texts = [(fields.text(f), weight) for f, weight in self._captions]
-            texts = [(text, weight) for text, weight in texts if text and text.strip()]
+            texts = []
+            for field, weight in self._captions:
+                said = [text for text in fields.texts(field) if text.strip()]
+                texts += [(text, weight / len(said)) for text in said]  # a list shares its weight
             example["texts"] = [text for text, _ in texts]
             if self._captions:
                 example["weights"] = [weight for _, weight in texts]
@@ -169,6 +173,13 @@ class WebDataset:
 
     def _make_again(self, shard: int) -> None:
         """Someone cleared the folder."""
+        with self._again:  # one thread walks the shard, the others find it done
+            try:
+                open_index(self._files[shard], self._layout.columns)
+            except (OSError, ValueError):
+                self._make(shard)
+
+    def _make(self, shard: int) -> None:
         blob, file = self._blobs[shard], self._files[shard]
         try:
             same = index_file(blob, self._layout, os.path.dirname(file)) == file
@@ -218,7 +229,10 @@ class WebDataset:
                 continue
             with contextlib.suppress(OSError, BadExample):
                 content = blob.read(members[at].size, members[at].data)
-                found |= Fields({b"json": content}).json().keys()
+                fields = Fields({b"json": content})
+                found |= fields.json().keys() | {
+                    key for key in keys if fields.value(key) is not None
+                }
         if not found:
             return
         for field in wanted:

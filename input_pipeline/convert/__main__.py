@@ -21,7 +21,7 @@ import typing
 from typing import Any, NoReturn
 
 from input_pipeline import SOURCES
-from input_pipeline.convert.conversion import Conversion
+from input_pipeline.convert.conversion import Conversion, locked
 from input_pipeline.convert.tfds_files import convert_tfds
 from input_pipeline.convert.writers import WRITERS
 from input_pipeline.errors import UserError
@@ -93,6 +93,11 @@ def _convert(flags: argparse.Namespace, out: pathlib.Path) -> list[str]:
     source = make_source(flags.source)
     if not len(source):
         raise UserError(f"source {flags.source[0]} has no examples")
+    with locked(out):
+        return _converted(flags, out, source)
+
+
+def _converted(flags: argparse.Namespace, out: pathlib.Path, source: Any) -> list[str]:
     split = re.search(r"(?:^|\s)split=(\w+)", " ".join(flags.source[1:]))
     conversion = Conversion(
         source,

@@ -2,7 +2,9 @@
 what is told in the end."""
 
 import concurrent.futures
+import contextlib
 import datetime
+import fcntl
 import glob
 import io
 import json
@@ -216,6 +218,8 @@ def _row(i: int, example: dict[str, Any], to: str) -> Row:
         raise BadExample("unknown image format", f"it begins with {bytes(image[:8])!r}")
     if not texts and label is None:
         raise BadExample("no caption")
+    if label is not None and not -(2**63) <= label < 2**63:
+        raise BadExample("damaged record", f"its label is {label}")
     languages = list(example.get("languages", []))
     try:
         "".join([*texts, *languages]).encode()
@@ -285,6 +289,26 @@ def config_lines(settings: dict[str, str]) -> list[str]:
         return f'"{value}"' if plain else shlex.quote(value)
 
     return [f"  --config.input.source.{key}={quoted(v)}" for key, v in settings.items()]
+
+
+@contextlib.contextmanager
+def locked(out: pathlib.Path) -> Iterator[None]:
+    """The folder for this process alone; the lock goes with the process, however that ends.
+
+    Raises:
+      UserError: another conversion writes there.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"--out {out}: another conversion writes there; wait for it") from error
+    finally:
+        os.close(folder)
 
 
 class Progress:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NoReturn
 from google.protobuf.message import DecodeError
 
 from input_pipeline.array_record import Example
-from input_pipeline.convert.conversion import Progress, config_lines, save
+from input_pipeline.convert.conversion import Progress, config_lines, locked, save
 from input_pipeline.convert.writers import array_record_writer
 from input_pipeline.errors import UserError
 from input_pipeline.nearest import nearest
@@ -31,6 +31,11 @@ def convert_tfds(folder: pathlib.Path, out: pathlib.Path) -> list[str]:
       UserError: it is no such data set, or is damaged.
     """
     info, splits = _tfds_info(folder)
+    with locked(out):
+        return _copied(folder, out, info, splits)
+
+
+def _copied(folder: pathlib.Path, out: pathlib.Path, info: Any, splits: "Splits") -> list[str]:
     target = out.joinpath(info["name"], info.get("configName", ""), info["version"])
     if (target / "dataset_info.json").exists():  # written last
         raise UserError(f"{target} is prepared already; give another folder")
@@ -82,8 +87,8 @@ def _tfds_info(folder: pathlib.Path) -> tuple[dict[str, Any], Splits]:
             name: list(zip(split.filenames, map(int, split.shard_lengths)))
             for name, split in builder.info.splits.items()
         }
-        for key in ("name", "version"):
-            if not re.fullmatch(r"\w[\w.-]*", info[key]):
+        for key in ("name", "version", "configName"):  # folders below the new one
+            if not re.fullmatch(r"\w[\w.+-]*" + "|" * (key == "configName"), info.get(key, "")):
                 raise UserError(f"{file} has no valid {key}: {info[key]!r}")
     except UserError:
         raise

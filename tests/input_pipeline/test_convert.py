@@ -377,7 +377,7 @@ def test_mistakes(tmp_path, capsys):
     table = write_pairs(tmp_path / "in")
     convertible = ["files", f"path={table}", "split=x"]
     told(capsys, "in is not empty", "--to", "files", *convertible, "--out", tmp_path / "in")
-    told(capsys, "t.jsonl is not empty", "--to", "files", *convertible, "--out", table)
+    told(capsys, "t.jsonl is a file", "--to", "files", *convertible, "--out", table)
     assert run(capsys, "--to", "files", *convertible, *out)[0] == 0
     told(
         capsys,
@@ -551,3 +551,13 @@ def test_mistakes_with_tfds_files(as_tfrecord, prepared, tmp_path, capsys):
     info.write_text(text[:-5])
     told(capsys, "cannot be read as TFDS files", "tfds-files", as_tfrecord, *out)
     assert not (tmp_path / "new").exists()
+
+
+def test_two_conversions_into_one_folder_do_not_meet(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "t.csv").write_text("image,caption\na.png,x\n")
+    words = ["--to", "files", "files", f"path={tmp_path / 't.csv'}", "--out", str(tmp_path / "out")]
+    with conversion.locked(tmp_path / "out"):
+        assert command.main(words) == 2
+    assert "another conversion writes there" in capsys.readouterr().err
+    assert command.main(words) == 0

@@ -104,8 +104,12 @@ def test_noise_resumes_and_is_the_same_on_two_processes():
 
 @pytest.mark.parametrize(
     ("corrupt", "told"),
-    [("image(1.5)", "must be from 0 to 1"), ("image", "image needs p"), ("imag(1)", "the nearest")]
-    + [("image(0.1) | image(0.5)", "image is given twice")],
+    [
+        ("image(1.5)", "must be from 0 to 1"),
+        ("image", "image needs p"),
+        ("imag(1)", "the nearest"),
+        ("image(0.1) | image(0.5)", "image is given twice"),
+    ],
 )
 def test_mistakes_are_named(corrupt, told):
     with pytest.raises(UserError, match=told):

@@ -40,8 +40,10 @@ def test_blocks_in_any_order_of_asking():
 
 @pytest.mark.parametrize(
     "weights",
-    [[1], [0.8, 0.2], [3, 5, 1.5], [0, 1], [1] * 7, [1e-3, 1.0], [1e5, 2]]
-    + [[0.5] + [0.01] * 50, [1] * 100, [1 / k for k in range(1, 101)]],
+    [
+        *([1], [0.8, 0.2], [3, 5, 1.5], [0, 1], [1] * 7, [1e-3, 1.0], [1e5, 2]),
+        *([0.5, *([0.01] * 50)], [1] * 100, [1 / k for k in range(1, 101)]),
+    ],
 )
 def test_any_first_n_examples_have_each_part_within_one_of_its_share(weights):
     pattern = Pattern(weights)

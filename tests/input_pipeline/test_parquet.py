@@ -126,7 +126,10 @@ def test_images_by_path_at_urls(tmp_path):
     data = {"image": pa.array(["images/a.png"]), "caption": pa.array(["a"])}
     assert Parquet(path=write("memory://by_path/t.parquet", data))[0]["image"] == b"A"
     data["image"] = pa.array(["memory://by_path/images/a.png"])
-    assert Parquet(path=write(tmp_path / "t.parquet", data))[0]["image"] == b"A"
+    path = write(tmp_path / "t.parquet", data)
+    assert Parquet(path=path, images="memory://by_path")[0]["image"] == b"A"
+    with pytest.raises(UserError, match=r"its path is a URL, memory:.*; set `images` to"):
+        Parquet(path=path)
     data = {"image": pa.array(["images/a.png", "pipe://rm"]), "caption": pa.array(["a", "b"])}
     assert bad(Parquet(path=write("memory://by_path/p.parquet", data)), 1).kind == "no image"
 

@@ -1,5 +1,6 @@
 """Any part of any file, local or behind a URL; patterns of files."""
 
+import os
 import uuid
 
 import fsspec
@@ -115,3 +116,84 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(storage, "_connect", connect)
     with pytest.raises(UserError, match="gs://a/b needs one more package: Please install gcsfs"):
         storage.Blob("gs://a/b")
+
+
+class Flaky(fsspec.AbstractFileSystem):
+    """Refuses every request so many times; its server may ignore which part was asked for."""
+
+    protocol = "flaky"
+    refusals, whole, calls = 0, False, 0
+
+    def _refuse(self):
+        Flaky.calls += 1
+        if Flaky.calls <= Flaky.refusals:
+            raise RuntimeError("503 busy")
+
+    def info(self, path, **unused):
+        self._refuse()
+        return {"name": path, "size": 10, "type": "file", "generation": Flaky.calls}
+
+    def cat_file(self, path, start=None, end=None, **unused):
+        self._refuse()
+        return b"0123456789" if Flaky.whole else b"0123456789"[start:end]
+
+    def glob(self, path, **unused):
+        self._refuse()
+        return ["a"]
+
+
+@pytest.fixture
+def flaky(monkeypatch):
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    monkeypatch.setattr(storage, "PAUSE", 0.001)
+    for name, value in (("refusals", 0), ("whole", False), ("calls", 0)):
+        monkeypatch.setattr(Flaky, name, value)
+    return Flaky
+
+
+def test_what_a_storage_refuses_is_asked_for_again(flaky):
+    flaky.refusals = storage.TRIES - 1
+    assert storage.Blob("flaky://a").size == 10
+    flaky.calls = 0
+    assert storage.read("flaky://a") == b"0123456789"
+
+
+def test_a_storage_that_goes_on_refusing_is_one_line(flaky):
+    flaky.refusals = 100
+    with pytest.raises(UserError, match=r"flaky://a cannot be read \(503 busy\)"):
+        storage.Blob("flaky://a")
+    with pytest.raises(UserError, match=r"flaky://\* cannot be listed \(503 busy\)"):
+        storage.expand("flaky://*")
+    with pytest.raises(OSError, match="503 busy"):
+        storage.read("flaky://a")
+
+
+def test_a_server_that_sends_whole_files_for_parts_is_told(flaky):
+    flaky.whole = True
+    blob = storage.Blob("flaky://a")
+    assert blob.read(10) == b"0123456789"
+    with pytest.raises(OSError, match="answered 10 bytes where 3 were asked for"):
+        blob.read(3, 2)
+
+
+def test_a_version_of_a_storage_is_part_of_the_fingerprint(flaky):
+    assert storage.Blob("flaky://a").fingerprint() != storage.Blob("flaky://a").fingerprint()
+
+
+@pytest.mark.timeout(30)
+def test_pipes_and_devices_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/zero"):
+        with pytest.raises(OSError, match="no regular file"):
+            storage.read(path)
+
+
+@pytest.mark.parametrize("path", [5, ("a", 5), None])
+def test_a_path_is_text(path):
+    with pytest.raises(UserError, match="is neither a pattern of files nor several"):
+        storage.expand(path)
+
+
+def test_a_file_whose_name_looks_like_a_pattern(tmp_path):
+    (tmp_path / "a[1].tar").write_bytes(b"")
+    assert storage.expand(str(tmp_path / "a[1].tar")) == [str(tmp_path / "a[1].tar")]

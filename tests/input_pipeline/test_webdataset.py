@@ -199,8 +199,7 @@ def test_languages_choose_samples(tmp_path):
         assert found == {"de": [1, 7], "en": [3, 6, 9], "zh-Hant": [5]}
         assert all(where.dtype == np.int64 for where in source.by_language().values())
         assert source[7]["languages"] == ["de"] and source[0]["languages"] == [""]
-    with pytest.raises(UserError, match="set `language`"):
-        WebDataset(path=kw["path"]).by_language()
+    assert WebDataset(path=kw["path"]).by_language() == {}
 
 
 def test_labels_from_a_member_or_from_json(tmp_path):
@@ -221,7 +220,8 @@ def test_labels_from_a_member_or_from_json(tmp_path):
         (b'{"alt": "x"', "damaged record", "JSON"),
         (b"[" * 100_000, "damaged record", "JSON"),
         (b'["alt"]', "damaged record", "JSON that is no object"),
-        (b'{"alt": ["x"]}', "damaged record", "json.alt is not text"),
+        (b'{"alt": ["x", 3]}', "damaged record", "json.alt is not text"),
+        (b'{"alt": {"x": 1}}', "damaged record", "json.alt is not text"),
         (b'{"alt": "H\xfcndin"}', "caption not UTF-8", ""),
         (b'{"alt": "\\ud83d"}', "caption not UTF-8", "half a character"),
         (b'{"alt": "%s"}' % (b"x" * 70_000), "damaged record", "more than 65536"),
@@ -730,3 +730,40 @@ def test_misspelt_keys_show_at_the_start(tmp_path, caplog):
     told("has a key 'z'; there are: caption, language, y", path=path, label="json.z")
     WebDataset(path=path, captions=(("txt", 1.0), ("json.captoin", 1.0)))
     assert message in caplog.text
+
+
+def test_json_captions_may_be_lists_nested_or_nan(tmp_path):
+    content = b'{"alt": ["a", "b"], "meta": {"title": "c"}, "none": NaN, "d.e": "f"}'
+    path = put(tmp_path / "a.tar", sample(0, json=content))
+    names = (("json.alt", 1.0), ("json.meta.title", 3.0), ("json.d.e", 1.0))
+    example = WebDataset(path=path, captions=names)[0]
+    assert example["texts"] == ["a", "b", "c", "f"]
+    assert example["weights"] == [0.5, 0.5, 3.0, 1.0]
+    both = WebDataset(path=path, captions=(("txt", 1.0), ("json.none", 1.0)))[0]
+    assert both["texts"] == ["caption 0 é"]
+
+
+def test_a_label_beyond_64_bits_is_a_bad_example(tmp_path):
+    path = put(tmp_path / "a.tar", sample(0, json=b'{"label": %d}' % 2**70))
+    bad(WebDataset(path=path, label="json.label"), 0, "damaged record", "no integer")
+
+
+def test_what_lies_behind_the_end_of_a_tar_is_told(tmp_path):
+    for name in "ab":
+        put(tmp_path / f"{name}.tar", sample(ord(name) - 97))
+    both = (tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes()
+    (tmp_path / "both.tar").write_bytes(both)
+    source = WebDataset(path=str(tmp_path / "both.tar"))
+    assert len(source) == 1 and sum(source.damage.values()) == 1
+
+
+def test_threads_that_find_the_index_gone_walk_the_shard_once(tmp_path, monkeypatch):
+    path = put(tmp_path / "a.tar", flat([sample(0), sample(1)]))
+    source = WebDataset(path=path)
+    walks, walk = [], tar_index.walk
+    monkeypatch.setattr(tar_index, "walk", lambda *a: (walks.append(1), walk(*a))[1])
+    for file in storage.index_folder().iterdir():
+        file.unlink()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda i: source[i % 2]["texts"], range(32)))
+    assert texts == [["caption 0 é"], ["caption 1 é"]] * 16 and len(walks) == 1
