@@ -97,15 +97,12 @@ def run(flags: argparse.Namespace, rest: list[str]) -> int:
         return told(MISTAKE, f"error: {mistake}")
     distributed.start(decision, heartbeat_timeout=flags.heartbeat_timeout)
 
-    import jax
 
     import trainers
     from trainers.host_memory import keep_freed_memory
     from trainers.loop import Diverged, Interrupted, SaveError
 
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
-
+    keep_freed_memory()
     try:
         (trainers.evaluate if flags.eval_only else trainers.train)(config, flags.workdir)
     except UserError as mistake:

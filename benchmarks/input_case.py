@@ -65,7 +65,7 @@ PATHS = ("path", "images")  # the settings above that are paths
 
 IMAGES = (
     FAST,
-    "decode(shrink=True) | resize",
+    "decode(shrink=224) | resize",
     "decode | random_resized_crop | flip",
     "big_vision",
     "hf-siglip",

@@ -22,6 +22,7 @@ from input_pipeline.loader import Batches, train_batches
 from input_pipeline.memory import Memory
 from input_pipeline.tokenizers import Bytes
 from input_pipeline.transforms import make_preprocess
+from trainers.host_memory import keep_freed_memory
 
 
 class Clock:
@@ -58,6 +59,7 @@ class Loader:
     """The whole way: read, decode, resize, tokenize, batch, by input_pipeline.loader."""
 
     def __init__(self, job: Job):
+        keep_freed_memory()  # as main.py does
         self._batch, self._threads, self._step = job.batch, job.threads, 0
         self._source = open_source(pathlib.Path(job.folder), job.options["source"])
         self._preprocess = make_preprocess(
@@ -97,6 +99,7 @@ class Bare:
     """One thread in a loop, from memory."""
 
     def __init__(self, job: Job):
+        keep_freed_memory()
         self._images, self._batch = read_images(pathlib.Path(job.folder)), job.batch
         self._resize = job.options["resize"]
         self._at = 0
