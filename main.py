@@ -97,7 +97,6 @@ def run(flags: argparse.Namespace, rest: list[str]) -> int:
         return told(MISTAKE, f"error: {mistake}")
     distributed.start(decision, heartbeat_timeout=flags.heartbeat_timeout)
 
-
     import trainers
     from trainers.host_memory import keep_freed_memory
     from trainers.loop import Diverged, Interrupted, SaveError

@@ -58,7 +58,11 @@ def make_parser() -> Parser:
     add("--peer_import", metavar="module", default="", help="imported there before open_clip")
     add("--rounds", type=int, default=5, metavar="k", help="of each system, in turn (5)")
     add("--repeat", type=int, metavar="k", help="batches of a round (2), or steps (5)")
-    add("--out", metavar="file.json", help="default benchmarks/results/input_<platform>.json")
+    add(
+        "--out",
+        metavar="file.json",
+        help="default benchmarks/results/input_<platform>.json, input_step_...",
+    )
     return parser
 
 
@@ -112,7 +116,8 @@ def run(flags: argparse.Namespace, argv: list[str]) -> int:
     if not record.get("seconds") and not any(s.get("cpu_s") for s in record["systems"]):
         return 1
     platform = here["platform"]
-    out = pathlib.Path(flags.out or ROOT / "benchmarks" / "results" / f"input_{platform}.json")
+    name = f"input{'_step' * bool(flags.model)}_{platform}.json"
+    out = pathlib.Path(flags.out or ROOT / "benchmarks" / "results" / name)
     written = input_report.write(record, out)
     print(f"written: {', '.join(os.path.relpath(path) for path in written)}", flush=True)
     return 0

@@ -11,8 +11,9 @@ def keep_freed_memory() -> bool:
     """Tells glibc not to hand freed memory back to the system; False where there is no glibc.
 
     By default it does so at every free of a large buffer. In the quickstart page faults then take a
-    fifth of the CPU time, and a sixth of that of decoding JPEGs of ImageNet's size. The price is that memory stays at its peak. Environment variables of the
-    same purpose (MALLOC_TRIM_THRESHOLD_, ...) work only when set before the process starts.
+    fifth of the CPU time, and a seventh of that of decoding JPEGs of ImageNet's size. The price is
+    that memory stays at its peak. Environment variables of the same purpose
+    (MALLOC_TRIM_THRESHOLD_, ...) work only when set before the process starts.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

@@ -77,9 +77,7 @@ def test_what_a_source_left_out_counts_as_bad_examples(allowed, refused, caplog)
             return 8
 
     if refused:
-        with pytest.raises(
-            UserError, match=r"3 samples of cc12m are left out, 8 are not: a"
-        ):
+        with pytest.raises(UserError, match=r"3 samples of cc12m are left out, 8 are not: a"):
             setup._check_damage({"cc12m": Source()}, allowed)
     else:
         setup._check_damage({"cc12m": Source(), "other": range(3)}, allowed)
