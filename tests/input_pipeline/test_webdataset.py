@@ -469,7 +469,6 @@ def test_a_folder_is_no_damage(tmp_path):
         ("a/../../x.jpg", b"x"),
         ("..", b"x"),
     ],
-    ids=str,
 )
 def test_members_that_are_no_files_or_lead_elsewhere_are_counted(tmp_path, member):
     before = sorted(p for p in tmp_path.parent.rglob("*"))
