@@ -86,6 +86,17 @@ def interrupt(signum, frame) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def out_of_memory(config: Any, error: Exception) -> str:
+    asked = re.search(r"allocating (\d+) bytes", str(error))
+    size = f" (a buffer of {int(asked[1]) / 1e9:.1f} GB)" if asked else ""
+    batch = config.input.batch_size
+    return (
+        f"the device has no memory for this{size}: embed fewer of the {batch} pairs at a time, "
+        f"--config.input.microbatch={max(1, batch // 8)}, which changes no result, or take a "
+        f"smaller input.batch_size, input.res={config.input.res} or model"
+    )
+
+
 def run(flags: argparse.Namespace, rest: list[str]) -> int:
     # Imports take seconds, so they stand where they are first needed.
     from trainers import distributed
@@ -96,6 +107,8 @@ def run(flags: argparse.Namespace, rest: list[str]) -> int:
     except UserError as mistake:
         return told(MISTAKE, f"error: {mistake}")
     distributed.start(decision, heartbeat_timeout=flags.heartbeat_timeout)
+
+    import jax
 
     import trainers
     from trainers.host_memory import keep_freed_memory
@@ -108,6 +121,10 @@ def run(flags: argparse.Namespace, rest: list[str]) -> int:
         return distributed.leave(decision, told(MISTAKE, f"error: {mistake}"))
     except SaveError as failure:  # a full disk, say: nothing was lost but the last save
         return distributed.leave(decision, told(FAILED, f"error: {failure}"))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return distributed.leave(decision, told(FAILED, f"error: {out_of_memory(config, error)}"))
     except Interrupted as stop:
         return told(INTERRUPTED, f"{stop}; run the same command again to go on")
     except Diverged as end:

@@ -153,7 +153,10 @@ def _read(table: str) -> Iterator[tuple[int, dict[str, Any]]]:
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_tsv}
     reader = readers.get(os.path.splitext(table)[1].lower())
     if reader is None:
-        raise UserError(f"{table} is no table that can be read; give a .jsonl, .csv or .tsv file")
+        raise UserError(
+            f"{table} is no table that can be read; give a .jsonl, .csv or .tsv file, or a pattern "
+            "of .tar, .parquet or .array_record files such as 'folder/*.tar'"
+        )
     if not storage.is_file(table):
         raise UserError(f"there is no file {table}; set `path` to the table of captions")
     try:

@@ -108,6 +108,12 @@ def _show(config: Any, flags: argparse.Namespace) -> None:
     codes = np.concatenate([batch["bad"] for batch in seen])
     for code, count in zip(*np.unique(codes[codes > 0], return_counts=True)):
         print(f"  unusable: {count} {KINDS[code - 1]}")
+    allowed = config.input.max_bad_fraction
+    if codes.any() and (codes > 0).mean() > allowed:
+        print(
+            f"  {100 * (codes > 0).mean():.1f} % of the rows: a run stops above "
+            f"{100 * allowed:g} % (config.input.max_bad_fraction={allowed})"
+        )
     if not codes.any():
         print("  unusable: none")
     if bad.count:

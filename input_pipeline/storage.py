@@ -178,10 +178,26 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
         matches = _glob(path)
         if not matches:
             raise UserError(f"no file matches {path}")
+        _check_complete(path, matches)
         found += matches
     if not found or not all(found):
         raise UserError("no files are named: set `path` to a file or a pattern of files")
     return found
+
+
+def _check_complete(pattern: str, paths: list[str]) -> None:
+    """Names such as train-00003-of-00128.tar say how many there are."""
+    seen: dict[tuple[str, str], set[int]] = {}
+    for path in paths:
+        if match := re.search(r"-(\d+)-of-(\d+)", path):
+            seen.setdefault((path[: match.start()], match[2]), set()).add(int(match[1]))
+    for (name, total), numbers in seen.items():
+        missing = sorted(set(range(int(total))) - numbers)
+        if missing:
+            raise UserError(
+                f"{pattern} matches {len(numbers)} of {int(total)} files {name}-*-of-{total}, not "
+                f"number {missing[0]}; copy it, or name those that you want"
+            )
 
 
 MOST_NAMES = 10_000_000  # of one pattern; beyond it is a slip of the pen

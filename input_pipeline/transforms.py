@@ -53,11 +53,17 @@ def make_preprocess(
             raise UserError(f"config.input.{key}={value} must be at least 1")
     if isinstance(image, str):
         image = PRESETS.get(image, image)
+    try:
+        steps = program.parse(image, IMAGE_OPS, "input.image")
+    except UserError as error:
+        if not any(name.replace("-", "_") in str(image).replace("-", "_") for name in PRESETS):
+            raise
+        raise UserError(f"{error} (presets stand alone: {', '.join(PRESETS)})") from None
     made = Preprocess(
         tokenizer,
         res=res,
         token_len=token_len,
-        image=program.parse(image, IMAGE_OPS, "input.image"),
+        image=steps,
         text=program.parse(text, TEXT_OPS, "input.text"),
         fields=program.parse(fields, FIELD_OPS, "input.fields"),
     )

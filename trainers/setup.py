@@ -15,6 +15,7 @@ from evaluators import EVALUATORS
 from evaluators.whole import Whole
 from input_pipeline import SOURCES, TOKENIZERS
 from input_pipeline.bad import Bad
+from input_pipeline.corrupt import Corruption
 from input_pipeline.errors import UserError
 from input_pipeline.mixture import Languages, Mixture, languages_of
 from input_pipeline.order import order_of
@@ -210,6 +211,7 @@ def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
         value = (config[block] if block else config)[name]
         if value < least:
             raise UserError(f"config.{key}={value} must be at least {least}")
+    Corruption(config.input.corrupt, seed=0, batch_size=1)  # its mistakes, before any work
     if not 0 <= config.input.max_bad_fraction < 1:
         raise UserError(
             f"config.input.max_bad_fraction={config.input.max_bad_fraction} must be from 0 to 1, "

@@ -108,7 +108,12 @@ def _converted(flags: argparse.Namespace, out: pathlib.Path, source: Any) -> lis
         name=split[1] if split else "train",
     )
     conversion.run()
-    return conversion.lines()
+    lines = conversion.lines()
+    default = inspect.signature(type(source)).parameters.get("split")
+    if default and not split:
+        told = f"split={default.default} alone; convert others with split=NAME into other folders"
+        lines.insert(1, told)
+    return lines
 
 
 def make_source(words: list[str]) -> Any:

@@ -50,6 +50,7 @@ def test_it_shows_shapes_counts_captions_tokens_and_a_sheet(config, capsys):
     assert "image        uint8[8, 16, 16, 3]" in out and "text         int32[8, 8]" in out
     assert "80 rows of steps 3 to 12:" in out
     assert "sources: a 60, b 20" in out
+    assert "a run stops above 1 % (config.input.max_bad_fraction=0.01)" in out
     (unusable,) = re.findall(r"unusable: (\d+) unknown image format", out)
     assert abs(int(unusable) - 15) <= 1 and "the worst: 1.png" in out
     assert "'Number 3'\n    -> 'number '" in out and " images/s, " in out

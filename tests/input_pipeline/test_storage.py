@@ -197,3 +197,13 @@ def test_a_path_is_text(path):
 def test_a_file_whose_name_looks_like_a_pattern(tmp_path):
     (tmp_path / "a[1].tar").write_bytes(b"")
     assert storage.expand(str(tmp_path / "a[1].tar")) == [str(tmp_path / "a[1].tar")]
+
+
+def test_a_pattern_that_misses_a_shard_is_refused(tmp_path):
+    for i in (0, 2):
+        (tmp_path / f"train-{i:05d}-of-00003.tar").write_bytes(b"")
+    (tmp_path / "other.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"matches 2 of 3 files .*train-\*-of-00003, not number 1;"):
+        storage.expand(str(tmp_path / "*.tar"))
+    (tmp_path / "train-00001-of-00003.tar").write_bytes(b"")
+    assert len(storage.expand(str(tmp_path / "*.tar"))) == 4

@@ -204,6 +204,8 @@ def test_bad_examples_say_their_kind(example, kind):
         ({"image": "decode"}, r"ends in uint8\[25, 29, 3\], the model takes uint8\[16, 16, 3\]"),
         ({"image": "decode | shorter_side"}, "end it with `resize` or a crop"),
         ({"image": "decode | naflex | resize"}, "nothing can follow naflex, as resize does"),
+        ({"image": "hf_siglip"}, r"presets stand alone: big_vision, hf-siglip, "),
+        ({"image": "big_vision | flip"}, "no 'big_vision'.*presets stand alone"),
         ({"image": "hf-siglp"}, "cannot be read|is not the name of a step"),
         ({"text": "lower"}, "config.input.text must end with `tokenize`"),
         ({"text": "tokenize | lower"}, "nothing can follow tokenize, as lower does"),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import main as program
@@ -193,3 +194,24 @@ def test_a_signal_before_the_first_step_is_exit_code_85(tmp_path, signum):
     _, err = process.communicate(timeout=120)
     assert process.returncode == program.INTERRUPTED, err
     assert "run the same command again to go on" in err
+
+
+def test_a_device_without_memory_is_one_line_that_says_what_to_do(tmp_path, capsys, monkeypatch):
+    def train(config, workdir):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 43152120400 bytes."
+        )
+
+    monkeypatch.setattr(trainers, "train", train)
+    flags = [f"--config={MAIN.parent / 'configs' / 'quickstart.py'}", f"--workdir={tmp_path / 'w'}"]
+    assert program.main([*flags, "--config.mesh.cpu_devices=0"]) == program.FAILED
+    err = capsys.readouterr().err
+    assert "(a buffer of 43.2 GB)" in err and "--config.input.microbatch=8," in err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+    def broken(config, workdir):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(trainers, "train", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        program.main([*flags, "--config.mesh.cpu_devices=0"])

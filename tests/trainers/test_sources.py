@@ -106,3 +106,4 @@ def test_mistakes_are_one_line(tiny, tmp_path, capsys, flags, told):
     assert tiny.main(tmp_path / "w", *flags) == program.MISTAKE
     err = capsys.readouterr().err
     assert told in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not (tmp_path / "w" / "config.json").exists()
