@@ -9,7 +9,7 @@ quickstart: .venv/ready
 	$(BIN)/python main.py --config configs/quickstart.py --workdir runs/quickstart
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
