@@ -72,6 +72,11 @@ def test_the_texts_of_a_share_of_the_batch_are_shuffled(p):
         np.testing.assert_array_equal(noise["image"], clean["image"])
 
 
+def test_every_step_shuffles_other_rows():
+    hits = changed("text", batches("batch(0.3)")).reshape(10, 100)
+    assert len({row.tobytes() for row in hits}) == 10
+
+
 def test_a_greater_p_corrupts_what_a_smaller_one_does_and_more():
     for kind, key in (("image", "image"), ("text", "text")):
         few, many = (changed(key, batches(f"{kind}({p})")) for p in (0.1, 0.4))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from input_pipeline import naflex, resize
 from input_pipeline.errors import BadExample, UserError
 from input_pipeline.image_ops import IMAGE_OPS, PRESETS, At
 from input_pipeline.tokenizers import Bytes
@@ -65,6 +66,25 @@ def test_every_program_makes_what_a_model_takes(image):
         assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous
         assert pixels.shape == ((256, 768) if p.patches else (16, 16, 3))
     assert p.patches == (image == "hf-naflex")
+
+
+def test_presets_are_the_resizes_of_the_released_models():
+    """That those are transformers' and TensorFlow's: test_processor_parity.py, test_resize.py."""
+    expected = {
+        "big_vision": resize.bilinear_exact(NOISE, 16, 16),
+        "hf-siglip": np.asarray(Image.fromarray(NOISE).resize((16, 16), Image.Resampling.BICUBIC)),
+        "hf-siglip2": np.asarray(
+            Image.fromarray(NOISE).resize((16, 16), Image.Resampling.BILINEAR)
+        ),
+    }
+    for name, pixels in expected.items():
+        np.testing.assert_array_equal(preprocess(image=name).image(NOISE), pixels)
+    assert len({pixels.tobytes() for pixels in expected.values()}) == 3
+    sized = naflex.resize_to_budget(NOISE, 16, 256, "bilinear-pil")
+    made = preprocess(image="hf-naflex").image(NOISE)
+    for key, array in zip(("image", "image_mask", "image_shape"), naflex.patchify(sized, 16, 256)):
+        np.testing.assert_array_equal(made[key], array)
+    assert set(PRESETS) == {*expected, "hf-naflex"}
 
 
 def test_what_is_random_does_nothing_in_evaluation():

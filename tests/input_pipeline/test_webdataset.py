@@ -464,7 +464,7 @@ def test_a_folder_is_no_damage(tmp_path):
         link("x.jpg", tarfile.BLKTYPE),
         link("x.jpg", tarfile.FIFOTYPE),
         link("x.jpg", tarfile.GNUTYPE_SPARSE),
-        ("/tmp/x.jpg", b"x"),
+        ("/x.jpg", b"x"),
         ("../x.jpg", b"x"),
         ("a/../../x.jpg", b"x"),
         ("..", b"x"),
