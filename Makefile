@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test parity lint
 .DEFAULT_GOAL := quickstart
 
 quickstart: .venv/ready
@@ -10,6 +10,9 @@ quickstart: .venv/ready
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# The peers that tests/siglip/parity compares with; without them those tests skip.
+parity: .venv/parity/ready
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
@@ -23,4 +26,12 @@ lint: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
+	@touch $@
+
+# An environment that sees .venv, which does not see it: nothing of the lock moves or hides.
+.venv/parity/ready: requirements-parity.txt | .venv/ready
+	$(BIN)/python -m venv --clear .venv/parity
+	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  $(BIN)/python -c "$$packages" > "$$(.venv/parity/bin/python -c "$$packages")/venv.pth"
+	.venv/parity/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@

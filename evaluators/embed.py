@@ -1,18 +1,20 @@
 """Embeddings of a whole data set, computed on every device of every process."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from evaluators.whole import ADVICE
 from input_pipeline import device, loader
 from input_pipeline.errors import BadExample, UserError
 from siglip.sharding import replicated
+from siglip.vit import IMAGE_FIELDS, images_of
 
 
 class Embedder:
@@ -31,20 +33,17 @@ class Embedder:
         self._mesh, self._preprocess, self._batch_size = mesh, preprocess, batch_size
 
         def embed(params, batch: dict[str, Array]) -> dict[str, Array]:
-            rest = dict(batch)
-            image, text = rest.pop("image", None), rest.pop("text", None)
+            image, text = images_of(batch), batch.get("text")
             zimg, ztxt, _ = model.apply({"params": params}, image=image, text=text, train=False)
+            rest = {k: v for k, v in batch.items() if k not in (*IMAGE_FIELDS, "text")}
             return {**rest, "z": ztxt if zimg is None else zimg}
 
         self._embed = jax.jit(embed, out_shardings=replicated(mesh))
 
     def images(self, params, examples: Sequence) -> Float[np.ndarray, "n d"]:
         """zimg of the examples, in their order."""
-
-        def image_of(example: dict) -> dict:
-            return {"image": eval_image(self._preprocess, example)}
-
-        return self.rows(params, examples, image_of)["z"]
+        fn = functools.partial(eval_image, self._preprocess)
+        return self.rows(params, examples, fn)["z"]
 
     def texts(self, params, tokens: "Tokens") -> Float[np.ndarray, "n d"]:
         """ztxt of the texts, in their order; equal texts get equal embeddings, to the last bit."""
@@ -52,7 +51,7 @@ class Embedder:
         return rows["z"][tokens.index]
 
     def rows(self, params, examples: Sequence, fn: Callable[[Any], dict]) -> dict[str, np.ndarray]:
-        """Embeds 'image' or 'text' of fn(example); every other array of it passes through.
+        """Embeds the image or the 'text' of fn(example); every other array of it passes through.
 
         Args:
           params: of the model, in any placement on the mesh.
@@ -127,14 +126,15 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
         )
 
 
-def eval_image(preprocess, example: dict) -> UInt8[np.ndarray, "res res 3"]:
-    """The image without augmentation. An evaluation never skips one that does not decode.
+def eval_image(preprocess, example: dict) -> dict[str, np.ndarray]:
+    """The image without augmentation, as fields of a row (siglip.vit.IMAGE_FIELDS). An evaluation
+    never skips one that does not decode.
 
     Raises:
       UserError: it does not decode.
     """
     try:
-        return preprocess.image(example["image"])
+        return preprocess.pixels(example)
     except BadExample as bad:
         raise UserError(f"image {example['id']} cannot be read ({bad}); {ADVICE}") from bad
 

@@ -19,6 +19,7 @@ from input_pipeline.errors import UserError
 from siglip import pairs
 from siglip.pairs import Pairs
 from siglip.sharding import replicated
+from siglip.vit import images_of
 
 
 class Evaluator:
@@ -47,7 +48,7 @@ class Evaluator:
 
         def loss(params, batch: dict[str, Array]) -> tuple[Array, Array]:
             zimg, ztxt, scalars = model.apply(
-                {"params": params}, image=batch["image"], text=batch["text"], train=False
+                {"params": params}, image=images_of(batch), text=batch["text"], train=False
             )
             asked = inspect.signature(loss_fn).parameters
             extras = {"ids": pairs.ids(batch["text"])} if "ids" in asked else {}
@@ -78,4 +79,4 @@ class Evaluator:
         if not example["texts"]:
             raise UserError(f"{example['id']} has no caption; {ADVICE}")
         text = self._preprocess.text(example["texts"][0])
-        return {"image": eval_image(self._preprocess, example), "text": text}
+        return {**eval_image(self._preprocess, example), "text": text}

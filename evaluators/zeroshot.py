@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from evaluators.embed import Embedder, Tokens, eval_image, tokenize
-from evaluators.prompts import class_prompts, resolve_classnames, resolve_templates
+from input_pipeline.prompts import class_prompts, resolve_classnames, resolve_templates
 from evaluators.ranks import Ranker
 from input_pipeline.errors import UserError
 
@@ -109,7 +109,7 @@ class Evaluator:
                 f"{example['id']}: label {label} is none of the {len(self._prompts)} classes "
                 "0, 1, ...; zero-shot classification needs one for every image"
             )
-        return {"image": eval_image(self._preprocess, example), "label": np.array(label, np.int32)}
+        return {**eval_image(self._preprocess, example), "label": np.array(label, np.int32)}
 
 
 def unit_mean(z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " d"]:

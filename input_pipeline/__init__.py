@@ -15,33 +15,27 @@ A source is a class whose keyword-only settings are config keys, with
 * `damage` (optional): (kind, file) -> samples that were left out while opening.
 """
 
-from input_pipeline import (
-    array_record,
-    emoji,
-    files,
-    grocery,
-    memory,
-    parquet,
-    scenes,
-    tfds,
-    tokenizers,
-    webdataset,
-)
+from typing import TYPE_CHECKING, Any
 
-SOURCES = {
-    "files": files.Files,
-    "webdataset": webdataset.WebDataset,
-    "parquet": parquet.Parquet,
-    "array_record": array_record.ArrayRecord,
-    "tfds": tfds.Tfds,
-    "memory": memory.Memory,
-    "scenes": scenes.Scenes,
-    "emoji": emoji.Emoji,
-    "grocery": grocery.Grocery,
-}
+from input_pipeline import tokenizers
+
+if TYPE_CHECKING:
+    from input_pipeline.sources import SOURCES
+
+__all__ = ["SOURCES", "TOKENIZERS"]
 
 TOKENIZERS = {
     "bytes": tokenizers.Bytes,
     "sentencepiece": tokenizers.SentencePiece,
     "huggingface": tokenizers.HuggingFace,
 }
+
+
+def __getattr__(name: str) -> Any:
+    # SOURCES when it is asked for: its readers import TFDS, Arrow and more, which nobody needs who
+    # only prepares images and texts.
+    if name == "SOURCES":
+        from input_pipeline.sources import SOURCES
+
+        return SOURCES
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

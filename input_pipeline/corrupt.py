@@ -16,7 +16,8 @@ from input_pipeline.errors import UserError
 
 
 def image(*, p: float) -> tuple[str, float]:
-    """With probability p the image becomes uniform random noise."""
+    """With probability p the image becomes uniform random noise; an embedding, a random one of all
+    directions."""
     return "image", p
 
 
@@ -71,6 +72,8 @@ class Corruption:
         if rng.random() >= self._p["image"]:
             return made
         pixels = made["image"]
+        if pixels.dtype != np.uint8:
+            return {**made, "image": rng.standard_normal(pixels.shape, pixels.dtype)}
         return {**made, "image": rng.integers(0, 256, pixels.shape, pixels.dtype)}
 
     def corrupt_text(self, tokens: np.ndarray, position: int, vocab_size: int) -> np.ndarray:

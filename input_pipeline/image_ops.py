@@ -11,6 +11,7 @@ import numpy as np
 
 from input_pipeline import augment, naflex, resize
 from input_pipeline import decode as files
+from input_pipeline.errors import BadExample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +119,22 @@ def to_patches(
     return {"image": patches, "image_mask": mask, "image_shape": shape}
 
 
+def embedding(image: bytes | np.ndarray, at: At) -> np.ndarray:
+    """What a frozen tower made of the image, floats [d] -> float32 [d]: the only step of images of
+    a model whose tower is precomputed."""
+    if isinstance(image, bytes) and not image:
+        raise BadExample("no image", "the embedding is missing")
+    if not isinstance(image, np.ndarray) or image.ndim != 1 or image.dtype.kind != "f":
+        is_array = isinstance(image, np.ndarray)
+        told = f"{image.dtype}{[*image.shape]}" if is_array else type(image).__name__
+        raise BadExample("unusable image", f"an embedding must be floats [d], not {told}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+        made = image.astype(np.float32)
+    if not np.isfinite(made).all():
+        raise BadExample("unusable image", "an embedding must be finite")
+    return made
+
+
 def _at_least(least: int, **option: int) -> int:
     value = 0
     for name, value in option.items():
@@ -143,6 +160,7 @@ IMAGE_OPS = {
     "color_jitter": color_jitter,
     "rand_augment": rand_augment,
     "naflex": to_patches,
+    "embedding": embedding,
 }
 
 # What released models were trained or are served with, to the pixel. A name of these stands for

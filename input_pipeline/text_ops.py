@@ -1,6 +1,7 @@
 """Steps of config.input.text: plain functions from a caption to a caption, the last to tokens."""
 
 import dataclasses
+import threading
 import unicodedata
 from typing import Any
 
@@ -10,12 +11,22 @@ from input_pipeline import canonicalize as spelling
 from input_pipeline.tokenizers import EOS_MODES, pad_to_length
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class To:
-    """What a text becomes: token_len ids of a tokenizer."""
+    """What a text becomes: token_len ids of a tokenizer.
+
+    Attributes:
+      cut: texts so far that lost their end, as they had more.
+    """
 
     tokenizer: Any
     token_len: int
+    cut: int = 0
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False)
+
+    def count_cut(self) -> None:
+        with self.lock:
+            self.cut += 1
 
 
 def lower(text: str, to: To) -> str:
@@ -50,6 +61,8 @@ def tokenize(text: str, to: To, *, eos: str = "sticky", pad_id: int | None = Non
             f"pad_id={pad} is not an id of the tokenizer, which has {tokenizer.vocab_size}"
         )
     ids = tokenizer.encode(text)
+    if len(ids) + (eos != "none") > to.token_len:
+        to.count_cut()
     return pad_to_length(ids, to.token_len, eos_id=tokenizer.eos_id, pad_id=pad, eos=eos)
 
 

@@ -41,7 +41,7 @@ def make_preprocess(
       res: side of the square image, in pixels.
       token_len: number of tokens of a text.
       image: steps of image_ops.IMAGE_OPS, or the name of one of image_ops.PRESETS. What is random
-        in them happens in training only.
+        in them happens in training only. 'embedding' alone: images are embedded already.
       text: steps of text_ops.TEXT_OPS.
       fields: steps of fields.FIELD_OPS.
 
@@ -80,6 +80,8 @@ class Preprocess:
     Attributes:
       tokenizer, res, token_len: as given.
       patches: images are patches (NaFlex), not squares.
+      embeddings: images are embeddings.
+      width: that an embedding must have; None: any.
     """
 
     def __init__(
@@ -89,10 +91,12 @@ class Preprocess:
         self._image, self._text, self._fields = image, text, fields
         self._to = To(tokenizer, token_len)
         self.patches = bool(image) and image[-1][0] == "naflex"
+        self.embeddings = bool(image) and image[0][0] == "embedding"
+        self.width: int | None = None
 
     def image(self, image: bytes | np.ndarray, rng: np.random.Generator | None = None) -> Any:
-        """uint8 [res, res, 3]; after `naflex` a dict, see image_ops.to_patches. Random only where
-        rng is given.
+        """uint8 [res, res, 3]; after `naflex` a dict, see image_ops.to_patches; for `embedding`
+        float32 [d]. Random only where rng is given.
 
         Raises:
           BadExample: it does not decode, or is refused.
@@ -101,6 +105,11 @@ class Preprocess:
         for _, step in self._image:
             made = step(made, at)
         return np.ascontiguousarray(made) if isinstance(made, np.ndarray) else made
+
+    @property
+    def truncated(self) -> int:
+        """Texts so far that were longer than token_len, and lost their end."""
+        return self._to.cut
 
     def text(self, text: str) -> Int32[np.ndarray, " token_len"]:
         """Tokens of the cleaned text."""
@@ -147,8 +156,14 @@ class Preprocess:
 
         Raises:
           BadExample: it does not decode, or is refused.
+          UserError: an embedding of another width than the model takes.
         """
         made = self.image(example["image"], rng)
+        if self.width is not None and made.shape != (self.width,):
+            raise UserError(
+                f"the embedding of {example.get('id', 'an image')} has {len(made)} numbers, the model takes "
+                f"config.model.img.width={self.width}"
+            )
         return made if isinstance(made, dict) else {"image": made}
 
     def fields(self, example: dict[str, Any]) -> dict[str, Any]:
@@ -162,6 +177,14 @@ class Preprocess:
 
     def check(self) -> None:
         """Goes through all steps once, so that what is wrong with them shows at the start."""
+        if any(name == "embedding" for name, _ in self._image):
+            if len(self._image) > 1:
+                raise UserError("config.input.image: `embedding` stands alone, without other steps")
+        else:
+            self._check_image()
+        self._check_text()
+
+    def _check_image(self) -> None:
         gray = np.full((self.res + 9, self.res + 13, 3), 127, np.uint8)
         for rng in (None, np.random.default_rng(0)):
             at, made = At(self.res, rng), gray
@@ -182,6 +205,8 @@ class Preprocess:
                 )
         if not self._image or self._image[0][0] != "decode":
             raise UserError("config.input.image must begin with `decode`")
+
+    def _check_text(self) -> None:
         text: Any = "A text."
         for name, step in self._text:
             if not isinstance(text, str):

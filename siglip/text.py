@@ -89,7 +89,8 @@ def make_text(
       width, depth, mlp_dim, num_heads: replace single sizes of the variant.
       vocab_size: rows of the token table; the trainer fills in its tokenizer's.
       pool: 'last' token, 'first', 'gap' (mean), 'max', or 'map' (attention pooling).
-      out_dim: width of the Dense head; None has none. make_model fills in the image tower's.
+      out_dim: width of the Dense head; 0 or None has none. make_model fills in the width of the
+        image embedding in the place of None.
       bottleneck: K, for a token table of V x K followed by a K x width projection; None has none.
 
     Raises:
@@ -109,7 +110,7 @@ def make_text(
         vocab_size,
         **sizes,
         pool=pool,
-        out_dim=out_dim,
+        out_dim=out_dim or None,
         bottleneck=bottleneck,
         dtype=jnp.dtype(dtype),
         scan=scan,

@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 # name: (width, depth, mlp_dim, num_heads). Table 2 of "Scaling Vision Transformers" (2106.04560);
 # So400m from 2305.13035, g-opt from SigLIP 2 (2502.14786).
@@ -73,11 +73,21 @@ class MlpBlock(nn.Module):
         return dense(width)(x)
 
 
-def _dot_product_attention(query, key, value, **unused):
-    # No mask, no dropout: padding is attended to in SigLIP.
+def _dot_product_attention(query, key, value, mask=None, **unused):
+    # No dropout, and a mask for the patches of NaFlex alone: padding of texts is attended to.
     del unused
-    implementation = "cudnn" if _has_cudnn() and _fits_cudnn(query, key) else None
-    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+    fits = mask is None and _has_cudnn() and _fits_cudnn(query, key)
+    implementation = "cudnn" if fits else None
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+
+
+Mask = Bool[Array, "n l"] | None  # True: a token to attend to; None: all of them
+
+
+def _of_keys(mask: Mask) -> Bool[Array, "n 1 1 l"] | None:
+    """For every head and query. Where nothing is True (a bad example) all weights are equal and the
+    values finite: XLA's attention fills up with a large negative number, not with -inf."""
+    return None if mask is None else mask[:, None, None, :]
 
 
 def _has_cudnn() -> bool:
@@ -107,17 +117,19 @@ def attention(num_heads: int, dtype) -> nn.Module:
 
 
 class EncoderBlock(nn.Module):
-    """A pre-LayerNorm block. `carry` in and out lets `nn.scan` run over layers."""
+    """A pre-LayerNorm block. `x` in and out lets `nn.scan` run over layers."""
 
     mlp_dim: int
     num_heads: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n l d"], _=None) -> tuple[Float[Array, "n l d"], None]:
+    def __call__(
+        self, x: Float[Array, "n l d"], mask: Mask = None
+    ) -> tuple[Float[Array, "n l d"], None]:
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
         y = norm()(x)
-        x = x + attention(self.num_heads, self.dtype)(y, y)
+        x = x + attention(self.num_heads, self.dtype)(y, y, mask=_of_keys(mask))
         return x + MlpBlock(self.mlp_dim, self.dtype)(norm()(x)), None
 
 
@@ -138,7 +150,7 @@ class Encoder(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n l d"]) -> Float[Array, "n l d"]:
+    def __call__(self, x: Float[Array, "n l d"], mask: Mask = None) -> Float[Array, "n l d"]:
         block = EncoderBlock
         if self.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -155,12 +167,13 @@ class Encoder(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
+                in_axes=nn.broadcast,  # type: ignore  # flax says int
                 length=self.depth,
             )
-            x, _ = layers(name="encoderblock", **sizes)(x, None)
+            x, _ = layers(name="encoderblock", **sizes)(x, mask)
         else:
             for i in range(self.depth):
-                x, _ = block(name=f"encoderblock_{i}", **sizes)(x, None)
+                x, _ = block(name=f"encoderblock_{i}", **sizes)(x, mask)
         return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="encoder_norm")(x)
 
 
@@ -172,10 +185,11 @@ class MAPHead(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n l d"]) -> Float[Array, "n d"]:
+    def __call__(self, x: Float[Array, "n l d"], mask: Mask = None) -> Float[Array, "n d"]:
         n, _, width = x.shape
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))
-        x = attention(self.num_heads, self.dtype)(jnp.tile(probe, (n, 1, 1)), x)
+        probe = jnp.tile(probe, (n, 1, 1))
+        x = attention(self.num_heads, self.dtype)(probe, x, mask=_of_keys(mask))
         x = x.astype(jnp.float32)
         y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)(x)
         return (x + MlpBlock(self.mlp_dim, self.dtype)(y))[:, 0]

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from siglip import transformer
 from siglip.text import make_text
-from siglip.vit import make_vit
+from siglip.vit import Patches, make_vit
 
 
 class TwoTowers(nn.Module):
@@ -27,7 +27,7 @@ class TwoTowers(nn.Module):
     @nn.compact
     def __call__(
         self,
-        image: UInt8[Array, "n res res 3"] | Float[Array, "n res res 3"] | None = None,
+        image: UInt8[Array, "n res res 3"] | Float[Array, "n ..."] | Patches | None = None,
         text: Int[Array, "n l"] | None = None,
         *,
         rows: Int[Array, " n"] | None = None,
@@ -36,7 +36,8 @@ class TwoTowers(nn.Module):
         """Embeds what is given.
 
         Args:
-          image: uint8, or floats in [-1, 1]; None for no image embeddings.
+          image: uint8, or floats in [-1, 1]; Patches for a NaFlex tower, embeddings [n, d] for a
+            precomputed one; None for no image embeddings.
           text: token ids; None for no text embeddings.
           rows: place of each example in the batch, which what is random depends on; default
             0, 1, 2, ...
@@ -58,8 +59,10 @@ class TwoTowers(nn.Module):
         return zimg, ztxt, {"t": jnp.exp(t_prime[0]), "b": b}
 
 
-def to_model_range(image: Array) -> Array:
+def to_model_range(image: Array | Patches) -> Array | Patches:
     """uint8 [0, 255] -> float32 [-1, 1]; floats pass."""
+    if isinstance(image, Patches):
+        return image._replace(values=to_model_range(image.values))
     return image.astype(jnp.float32) / 127.5 - 1 if image.dtype == jnp.uint8 else image
 
 
@@ -84,7 +87,8 @@ def make_model(
 
     Args:
       img, txt: keyword arguments of vit.make_vit and text.make_text. The width of the text head,
-        txt['out_dim'], is by default that of the image embedding.
+        txt['out_dim'], is by default that of the image embedding; 0 is no head, where the text
+        tower is as wide as that.
       t_init: initial temperature (the parameter starts at its log).
       b_init: initial bias; None for a model without one (CLIP's softmax). The trainer puts the
         prior of its batch, log(p / (1 - p)) with p = 1 / N, in the place of 'auto'.
@@ -105,7 +109,9 @@ def make_model(
         raise ValueError(f"t_init is the temperature, which must be positive, not {t_init}")
     vit = make_vit(dtype, scan, remat, **img)
     zimg_dim = vit.out_dim or vit.width
-    txt = {**txt, "out_dim": txt.get("out_dim") or zimg_dim}
-    if txt["out_dim"] != zimg_dim:
-        raise ValueError(f"embedding widths differ: image {zimg_dim}, text {txt['out_dim']}")
-    return TwoTowers(vit, make_text(dtype, scan, remat, **txt), float(t_init), b_init)
+    head = txt.get("out_dim")
+    text = make_text(dtype, scan, remat, **{**txt, "out_dim": zimg_dim if head is None else head})
+    ztxt_dim = text.out_dim or text.width
+    if ztxt_dim != zimg_dim:
+        raise ValueError(f"embedding widths differ: image {zimg_dim}, text {ztxt_dim}")
+    return TwoTowers(vit, text, float(t_init), b_init)

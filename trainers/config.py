@@ -62,7 +62,10 @@ class Run:
     lr_mults: tuple = ((".*", 1.0),)
     frozen: tuple = ((".*", False),)
     clip_norm: float | None = 1.0
-    init: str | None = None  # weights to start from
+    init: str | None = None  # weights to start from, see initial.py
+    init_only: tuple = ()  # of img, txt, t, b: what to take of them; () takes all
+    init_positions: str | None = None  # how image positions are resized, siglip.positions.METHODS
+    init_text_positions: str | None = None  # and text positions, TEXT_METHODS
     resume: str | None = None  # a run to go on from, in a new workdir
 
 

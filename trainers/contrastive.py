@@ -18,6 +18,7 @@ from input_pipeline.errors import KINDS
 from siglip import logit_stats, pairs
 from siglip.losses import Loss
 from siglip.sharding import batch_sharding, params_sharding, replicated
+from siglip.vit import images_of
 
 
 @struct.dataclass
@@ -174,7 +175,9 @@ class Towers:
     frozen: PyTree[bool]
     mesh: jax.sharding.Mesh
 
-    def __call__(self, params, part: Batch, key) -> tuple[Array, Array, Array, Array | None]:
+    def __call__(
+        self, params, part: dict[str, Any], key
+    ) -> tuple[Array, Array, Array, Array | None]:
         """(zimg, ztxt, t, b) of the images and texts of `part`, whose `row` in the batch seeds what
         is random; None for what is not in it."""
         params = jax.tree.map(
@@ -196,9 +199,9 @@ class Towers:
         return zimg, ztxt, out["t"], out["b"]
 
 
-def _inputs(batch: Batch) -> Batch:
+def _inputs(batch: Batch) -> dict[str, Any]:
     return {
-        "image": batch["image"],
+        "image": images_of(batch),
         "text": batch["text"],
         "row": jnp.arange(len(batch["text"]), dtype=jnp.int32),
     }

@@ -17,7 +17,8 @@ from input_pipeline import loader, storage
 from input_pipeline.bad import Bad
 from input_pipeline.device import to_device
 from input_pipeline.errors import KINDS, UserError
-from trainers import checkpointing, contrastive, results, setup
+from siglip.vit import IMAGE_FIELDS
+from trainers import checkpointing, contrastive, initial, results, setup
 from trainers import config as configs
 from trainers.checkpointing import SaveError
 from trainers.clock import Clock
@@ -30,7 +31,8 @@ from trainers.results import Results
 __all__ = ["Diverged", "Interrupted", "SaveError", "evaluate", "train"]
 
 PARAMETERS, INDEX = "parameters.txt", "index"  # in the workdir
-FIELDS = ("image", "text", "mask", "bad", "index")  # of a batch, that the update step takes
+# Of a batch, what the update step takes.
+FIELDS = (*IMAGE_FIELDS, "text", "mask", "bad", "index")
 AHEAD = 2  # updates in flight: the host prepares one while the device does another
 
 
@@ -106,9 +108,10 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
             keep_every=plan.keep_every,
         )
         closing.callback(checkpoints.close)
-        state, first, start, bad_counts = _start(config, plan, workdir, checkpoints, abstract, init)
+        state, first, start, bad_counts = _start(things, plan, workdir, checkpoints, abstract, init)
         if is_main:  # only now: a start that failed must not bind the workdir to its config
             configs.save(config, workdir)
+            initial.save_spec(things, workdir)
         writer = Writer(workdir, is_main=is_main)
         closing.callback(writer.close)
         writer.rewind(first if start.kind == "workdir" else -1)
@@ -188,6 +191,8 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
     evaluators = setup.make_evaluators(things)
     abstract = setup.sharded(things.abstract_params(), things.mesh)
     params = checkpointing.restore_params(str(start.path), abstract)
+    if jax.process_index() == 0:
+        initial.save_spec(things, workdir)
     final = {}
     for name, evaluator in evaluators.items():
         if jax.process_index() == 0:
@@ -197,8 +202,9 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
     return final
 
 
-def _start(config, plan, workdir, checkpoints, abstract, init):
+def _start(things, plan, workdir, checkpoints, abstract, init):
     """(state, step, Start, counts of bad examples) of the checkpoint that find_start says wins."""
+    config = things.config
     start = checkpointing.find_start(str(workdir), config.resume, config.init)
     state, step, saved = None, 0, {}
     match start.kind:
@@ -208,8 +214,11 @@ def _start(config, plan, workdir, checkpoints, abstract, init):
         case "resume":
             state, saved, step = checkpointing.restore_state(str(start.path), abstract)
         case "init":
-            params = checkpointing.restore_params(str(start.path), abstract.params)
-            state = init().replace(params=params)
+            state = init()
+            params, notes = initial.initial_params(things, state.params)
+            state = state.replace(params=params)
+            for note in notes if jax.process_index() == 0 else ():
+                print(f"note: {note}", flush=True)
         case _:
             state = init()
     here = _position(config, plan, step)

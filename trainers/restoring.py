@@ -16,9 +16,11 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from input_pipeline.errors import UserError
+from siglip.checkpoints import workdir as workdir_format
+from siglip.checkpoints.errors import CheckpointError
+from siglip.checkpoints.workdir import FOLDER, steps_on_disk
 from trainers.rules import path_name
 
-FOLDER = "checkpoints"  # in the workdir
 _SHOWN = 5  # arrays named in a message, for each kind of difference
 
 
@@ -39,10 +41,10 @@ class DamagedCheckpoint(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a run begins. `path` is a step directory; None from scratch."""
+    """Where a run begins. `path` is a step directory, or config.init; None from scratch."""
 
     kind: str  # 'workdir' | 'resume' | 'init' | 'scratch'
-    path: pathlib.Path | None = None
+    path: pathlib.Path | str | None = None  # of 'init' as config.init has it
     step: int | None = None
 
 
@@ -51,44 +53,26 @@ def find_start(workdir: str, resume: str | None = None, init: str | None = None)
 
     1. the newest of the workdir: the same command goes on with its own run;
     2. config.resume: everything of another run's checkpoint (state, data position, step);
-    3. config.init: weights only, the run starts at step 0;
+    3. config.init: weights only, the run starts at step 0 (see initial.py);
     4. scratch.
 
-    Raises UserError where the winner of 2 or 3 is a path without a checkpoint.
+    Raises UserError where the winner of 2 is a path without a checkpoint.
     """
     root = pathlib.Path(workdir).absolute() / FOLDER
     if steps := steps_on_disk(root):
         return Start("workdir", root / str(steps[0]), steps[0])
-    for kind, path in (("resume", resume), ("init", init)):
-        if path:
-            found = locate(path, key=f"config.{kind}")
-            return Start(kind, found, int(found.name))
-    return Start("scratch")
-
-
-def steps_on_disk(root: pathlib.Path) -> list[int]:
-    """Committed steps, newest first. A step still being written has another name, until one rename
-    commits it."""
-    if not root.is_dir():
-        return []
-    committed = (int(p.name) for p in root.iterdir() if p.name.isdecimal() and p.is_dir())
-    return sorted(committed, reverse=True)
+    if resume:
+        found = locate(resume, key="config.resume")
+        return Start("resume", found, int(found.name))
+    return Start("init", init) if init else Start("scratch")
 
 
 def locate(path: str | pathlib.Path, *, key: str = "checkpoint") -> pathlib.Path:
     """The step directory that `path` means: itself, or the newest of a workdir."""
-    given = pathlib.Path(path).absolute()
-    if given.name.isdecimal() and (given / "state").is_dir():
-        return given
-    if not given.exists():
-        raise UserError(f"{key} = '{path}': no such directory; give a workdir, or one step of it")
-    for root in (given / FOLDER, given):
-        if steps := steps_on_disk(root):
-            return root / str(steps[0])
-    raise UserError(
-        f"{key} = '{path}' holds no checkpoint; give a workdir with {FOLDER}/<step> in it, or "
-        "the directory of one step"
-    )
+    try:
+        return workdir_format.locate(path, key=key)
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
 
 
 def restore_state(path: str | pathlib.Path, abstract_state: PyTree) -> tuple[PyTree, dict, int]:

@@ -23,8 +23,10 @@ from input_pipeline.transforms import Preprocess, make_preprocess
 from siglip import exchange
 from siglip.losses import Loss
 from siglip.pairs import log_odds
+from siglip.precomputed import Precomputed
 from siglip.sharding import make_mesh, params_sharding
 from siglip.two_towers import TwoTowers, make_model
+from siglip.vit import Patches, images_of
 from trainers import durations
 
 
@@ -39,10 +41,12 @@ class Setup:
     loss_fn: Loss
 
     @property
-    def inputs(self) -> tuple[np.ndarray, np.ndarray]:
+    def inputs(self) -> tuple[Any, np.ndarray]:
         """One image and one text, whose shapes decide those of the parameters."""
-        res, token_len = self.config.input.res, self.config.input.token_len
-        return np.zeros((1, res, res, 3), np.uint8), np.zeros((1, token_len), np.int32)
+        text = np.zeros((1, self.config.input.token_len), np.int32)
+        if self.preprocess.embeddings:
+            return np.zeros((1, self.model.img.width), np.float32), text
+        return _gray(self.preprocess), text
 
     def abstract_params(self) -> Any:
         with mistakes_of("model"):
@@ -54,8 +58,6 @@ def make_setup(config: Any) -> Setup:
     with mistakes_of("mesh"):
         mesh = make_mesh(**without(config.mesh, "cpu_devices"))
     preprocess = make_input(config)
-    if preprocess.patches:
-        raise UserError("config.input.image ends in naflex, but this image tower takes squares")
     tokenizer = preprocess.tokenizer
     blocks = without(config.model)
     vocab_size = blocks["txt"].get("vocab_size") or tokenizer.vocab_size
@@ -68,9 +70,49 @@ def make_setup(config: Any) -> Setup:
     blocks["b_init"] = initial_bias(config)
     with mistakes_of("model"):
         model = make_model(**blocks)
+    _check_images(preprocess, model.img)
     with mistakes_of("loss"):
         loss_fn = siglip.LOSSES[config.loss.name](mesh, **without(config.loss, "name"))
     return Setup(config, mesh, preprocess, model, loss_fn)
+
+
+def _gray(preprocess: Preprocess) -> Any:
+    """One image as the tower takes it: its shape is that of all images."""
+    gray = np.full((preprocess.res, preprocess.res, 3), 127, np.uint8)
+    made = preprocess.pixels({"image": gray, "id": "gray"})
+    return images_of({key: value[None] for key, value in made.items()})
+
+
+def _check_images(preprocess: Preprocess, img: Any) -> None:
+    """Raises UserError where config.input.image makes something else than the tower takes. From
+    here on embeddings of another width than the tower's are refused by name."""
+    if isinstance(img, Precomputed) != preprocess.embeddings:
+        raise UserError(
+            "config.model.img.variant='precomputed' and config.input.image='embedding' go "
+            "together: the one takes embeddings in the place of images, the other reads them"
+        )
+    if preprocess.embeddings:
+        preprocess.width = img.width
+        return
+    grid = img.naflex_grid
+    if preprocess.patches and grid is None:
+        raise UserError(
+            "config.input.image ends in naflex, but this image tower takes squares; set "
+            "config.model.img.naflex_grid (16 in the released models)"
+        )
+    if grid is not None and not preprocess.patches:
+        raise UserError(
+            f"config.model.img.naflex_grid={grid} makes a tower of patches, but "
+            "config.input.image makes squares; set config.input.image='hf-naflex', or end its "
+            "steps with `naflex`"
+        )
+    image, p = _gray(preprocess), img.patch_size
+    if isinstance(image, Patches) and image.values.shape[-1] != p * p * 3:
+        side = round((image.values.shape[-1] / 3) ** 0.5)
+        raise UserError(
+            f"config.input.image makes patches of {side} pixels a side, config.model.img.variant "
+            f"takes patches of {p}; end the image with `naflex(patch_size={p})`"
+        )
 
 
 def make_input(config: Any) -> Preprocess:

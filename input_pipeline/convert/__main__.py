@@ -11,21 +11,17 @@ Killed? Run the same command again: shards that are whole stay.
 """
 
 import argparse
-import ast
 import inspect
 import pathlib
 import re
 import sys
-import types
-import typing
 from typing import Any, NoReturn
 
-from input_pipeline import SOURCES
 from input_pipeline.convert.conversion import Conversion, locked
 from input_pipeline.convert.tfds_files import convert_tfds
 from input_pipeline.convert.writers import WRITERS
 from input_pipeline.errors import UserError
-from input_pipeline.nearest import nearest
+from input_pipeline.source_settings import make_source
 from input_pipeline.storage import is_url, one_line
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 85
@@ -114,48 +110,6 @@ def _converted(flags: argparse.Namespace, out: pathlib.Path, source: Any) -> lis
         told = f"split={default.default} alone; convert others with split=NAME into other folders"
         lines.insert(1, told)
     return lines
-
-
-def make_source(words: list[str]) -> Any:
-    """The source that `name key=value key=value` says.
-
-    Raises:
-      UserError: there is no such source or setting, or the source refuses.
-    """
-    name, *pairs = words
-    if name not in SOURCES:
-        raise UserError(f"there is no source {name!r}; {nearest(name, SOURCES)}")
-    known = inspect.signature(SOURCES[name]).parameters
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"{pair!r} is no setting of the source {name}; write key=value")
-        if key not in known:
-            raise UserError(f"source {name} has no setting {key!r}; {nearest(key, known)}")
-        settings[key] = _value(key, value, known[key].annotation)
-    lacking = [k for k, p in known.items() if p.default is p.empty and k not in settings]
-    if lacking:
-        raise UserError(f"source {name} needs {lacking[0]}=...; it has {', '.join(known)}")
-    return SOURCES[name](**settings)
-
-
-def _value(setting: str, text: str, kind: Any) -> Any:
-    """'1' is a number, or a text where the setting is one."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = text
-    several = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    kinds = tuple(typing.get_origin(one) or one for one in several)
-    if isinstance(value, kinds):
-        return value
-    if float in kinds and isinstance(value, int):
-        return float(value)
-    if str in kinds:
-        return text
-    expected = " or ".join(one.__name__ for one in kinds)
-    raise UserError(f"{setting}={text} is not of type {expected}")
 
 
 if __name__ == "__main__":

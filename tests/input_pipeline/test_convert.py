@@ -23,7 +23,7 @@ from PIL import Image
 from tensorboardX.record_writer import masked_crc32c
 
 import input_pipeline
-from input_pipeline import storage
+from input_pipeline import source_settings, storage
 from input_pipeline.array_record import ArrayRecord
 from input_pipeline.convert import __main__ as command
 from input_pipeline.convert import conversion, tfds_files, writers
@@ -347,7 +347,7 @@ def test_settings_are_of_the_type_that_the_source_wants(tmp_path, monkeypatch):
                      pairs: tuple[tuple[str, float], ...] = ()):  # fmt: skip
             self.given = path, n, p, some, pairs
 
-    monkeypatch.setattr(command, "SOURCES", {"s": Source})
+    monkeypatch.setattr(source_settings, "SOURCES", {"s": Source})
     words = ["s", "path=2024", "n=3", "p=1", "some=('a', 1.0)", "pairs=(('a', 1.0),)"]
     assert command.make_source(words).given == ("2024", 3, 1.0, ("a", 1.0), (("a", 1.0),))
     words = ["s", "path='2024'", "some=train[:9%]"]

@@ -109,6 +109,40 @@ def test_shrinking_keeps_at_least_the_size_of_the_model():
     assert IMAGE_OPS["decode"](file.getvalue(), At(16)).shape[:2] == (400, 600)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_an_embedding_stands_for_its_image(dtype):
+    p = preprocess(image="embedding")
+    given = np.array([0.5, -3.0, 2.0], dtype)
+    row = p.example({"image": given, "texts": ["a"], "id": "x"}, rng())
+    assert set(row) == {"image", "text"} and row["image"].dtype == np.float32
+    np.testing.assert_array_equal(row["image"], given)
+    assert p.embeddings and not p.patches and not preprocess().embeddings
+    p.width = 3
+    assert set(p.pixels({"image": given})) == {"image"}
+    p.width = 4
+    with pytest.raises(UserError, match=r"embedding of x has 3 numbers, .*img\.width=4"):
+        p.pixels({"image": given, "id": "x"})
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "told"),
+    [
+        (b"", "no image", "the embedding is missing"),
+        (b"PNG", "unusable image", "floats \\[d\\], not bytes"),
+        (NOISE, "unusable image", "not uint8\\[40, 60, 3\\]"),
+        (np.ones((1, 4), np.float32), "unusable image", "not float32\\[1, 4\\]"),
+        (np.arange(4), "unusable image", "not int64\\[4\\]"),
+        (np.array([1, np.nan], np.float32), "unusable image", "must be finite"),
+        (np.array([1, np.inf], np.float16), "unusable image", "must be finite"),
+        (np.array([1, 1e300]), "unusable image", "must be finite"),
+    ],
+)
+def test_what_is_no_embedding_is_a_bad_example(given, kind, told):
+    with pytest.raises(BadExample, match=told) as error:
+        preprocess(image="embedding").image(given)
+    assert error.value.kind == kind
+
+
 def test_random_numbers_decide_all():
     p = preprocess(image="decode | random_resized_crop((0.3, 1.0)) | flip")
     example = {"image": NOISE, "texts": ["a", "b", "c", "d"], "id": "x"}
@@ -224,6 +258,9 @@ def test_bad_examples_say_their_kind(example, kind):
         ({"image": "decode"}, r"ends in uint8\[25, 29, 3\], the model takes uint8\[16, 16, 3\]"),
         ({"image": "decode | shorter_side"}, "end it with `resize` or a crop"),
         ({"image": "decode | naflex | resize"}, "nothing can follow naflex, as resize does"),
+        ({"image": "embedding | flip"}, "`embedding` stands alone, without other steps"),
+        ({"image": "decode | embedding"}, "`embedding` stands alone, without other steps"),
+        ({"image": "embedding(3)"}, r"has too many values; it is embedding\(\)"),
         ({"image": "hf_siglip"}, r"presets stand alone: big_vision, hf-siglip, "),
         ({"image": "big_vision | flip"}, "no 'big_vision'.*presets stand alone"),
         ({"image": "hf-siglp"}, "cannot be read|is not the name of a step"),

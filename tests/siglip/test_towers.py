@@ -326,6 +326,7 @@ def test_a_model_without_bias_has_no_such_parameter():
         (dict(img=dict(pool="mean")), "pool 'mean' of the image tower is none of map, gap, tok"),
         (dict(txt=dict(pool="eos")), "pool 'eos' of the text tower"),
         (dict(txt=dict(out_dim=16)), "embedding widths differ: image 32, text 16"),
+        (dict(txt=dict(out_dim=0, width=16)), "embedding widths differ: image 32, text 16"),
         (dict(img=dict(drop_patches=1.0)), "drop_patches must be in"),
         (dict(dtype="float16"), "dtype 'float16' is none of float32, bfloat16"),
         (dict(remat="all"), "remat 'all' is none of none, full, dots"),
@@ -337,10 +338,29 @@ def test_mistakes_are_named(options, message):
         tiny_model(**options)
 
 
-def test_an_image_that_patches_do_not_divide_is_refused():
+def test_a_text_tower_as_wide_as_the_images_needs_no_head():
+    model = tiny_model(txt=dict(out_dim=0))
+    params = init(model)
+    assert "head" not in params["txt"]
+    assert model.apply({"params": params}, *batch())[1].shape == (4, 32)
+    assert "head" in init(tiny_model(txt=dict(out_dim=None)))["txt"]
+
+
+def test_pixels_beyond_whole_patches_are_not_seen():
+    # So400m/14 at 384 px: 27 patches a side, which are 378 px.
+    model, image = tiny_model(), batch()[0]
+    params = init(model)
+    larger = jnp.pad(image, ((0, 0), (0, 6), (0, 7), (0, 0)), constant_values=9)
+    one, other = (model.apply({"params": params}, x)[0] for x in (image, larger))
+    np.testing.assert_allclose(one, other, atol=1e-6)
+    so400m = {"variant": "So400m/14"}, {"variant": "So400m", "vocab_size": 32_000}
+    assert abstract(*so400m, 384, 64, scan=True)["img/pos_embedding"].shape == (1, 729, 1152)
+
+
+def test_an_image_smaller_than_a_patch_is_refused():
     model = tiny_model()
-    with pytest.raises(ValueError, match="do not divide into 8 x 8 patches"):
-        model.init(jax.random.key(0), jnp.zeros((1, 30, 32, 3)))
+    with pytest.raises(ValueError, match=r"\(7, 32, 3\) hold no patch of 8 x 8 pixels"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 7, 32, 3)))
 
 
 @pytest.mark.parametrize(

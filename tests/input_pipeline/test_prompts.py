@@ -2,7 +2,7 @@ import collections
 
 import pytest
 
-from evaluators.prompts import CLASSNAMES, class_prompts, resolve_classnames, resolve_templates
+from input_pipeline.prompts import CLASSNAMES, class_prompts, resolve_classnames, resolve_templates
 from input_pipeline.errors import UserError
 
 

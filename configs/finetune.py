@@ -1,0 +1,33 @@
+"""Released weights, both towers, on your own pairs.
+
+  python main.py --config configs/finetune.py:model=siglip2-b16-256,init=weights/siglip2-b16-256,\
+path=pairs.jsonl,images=photos.zip,val_path=pairs.jsonl --workdir runs/mine
+
+`init`: whatever siglip.load reads: a folder of Hugging Face or open_clip, an .npz (then also pass
+tokenizer=FILE), a workdir. `path`, `images`: see configs/pairs.py; `val_path`: pairs of their own,
+or the same table (its split val). `small` is for towers of random:NAME:small, to try it out.
+A tenth of the learning rate from scratch, no weight decay: nothing of this was tuned here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import _released
+
+
+def get_config(
+    model: str = "siglip2-b16-256",
+    init: str = "",
+    path: str = "",
+    images: str = "",
+    val_path: str = "",
+    tokenizer: str = "",
+    batch_size: int = 1024,
+    total: str = "5 epochs",
+    small: bool = False,
+) -> ConfigDict:
+    config = _released.fine_tuning(
+        model, init, path, images, val_path, tokenizer, batch_size, total, small
+    )
+    config.lr = 1e-5
+    config.wd = 0.0
+    return config

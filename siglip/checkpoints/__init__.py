@@ -1,0 +1,81 @@
+"""Released formats in and out: big_vision's .npz, Hugging Face's and open_clip's safetensors, and
+this project's own checkpoints. Nothing is ever unpickled."""
+
+import pathlib
+
+from siglip import presets
+from siglip.checkpoints import big_vision, hub, huggingface, open_clip, random, workdir
+from siglip.checkpoints.errors import CheckpointError
+from siglip.checkpoints.spec import Spec
+from siglip.checkpoints.weights import Weights
+
+__all__ = ["FORMATS", "CheckpointError", "Spec", "Weights", "read", "write"]
+
+# What `write` takes.
+FORMATS = {
+    "huggingface": huggingface.write,
+    "big_vision": big_vision.write,
+    "open_clip": open_clip.write,
+}
+
+
+def read(source: str | pathlib.Path) -> Weights:
+    """The model at a path, whatever its format, or a released one by name.
+
+    Arrays are read when they are used. `source` is
+    * an .npz of big_vision;
+    * a folder of Hugging Face's transformers, or of open_clip, or the .safetensors in it;
+    * a workdir of this project, or one step of it;
+    * the name of a preset (presets.PRESETS), or 'random:NAME' for that model with random weights.
+
+    Raises:
+      CheckpointError: there is nothing, it is damaged, or it is no SigLIP model. One line.
+    """
+    name, path = str(source), pathlib.Path(source)
+    if name.startswith(random.PREFIX):
+        return random.read(name)
+    if path.is_file():
+        if path.suffix == ".npz":
+            return big_vision.read(path)
+        if path.suffix == ".safetensors":
+            # By its name: a folder may hold the files of both, or another model's beside them.
+            theirs = path.name.startswith("model") and (path.parent / "config.json").exists()
+            return huggingface.read(path.parent) if theirs else open_clip.read(path)
+        raise CheckpointError(
+            f"{path} ends in neither .npz nor .safetensors; nothing else is read (a .bin, .pt or "
+            ".pkl is a pickle, which can run any program: convert it to safetensors)"
+        )
+    if path.is_dir():
+        if workdir.is_one(path):
+            return workdir.read(path)
+        if (path / open_clip.MODEL).exists():
+            return open_clip.read(path)
+        if (path / "config.json").exists():
+            return huggingface.read(path)
+        raise CheckpointError(
+            f"{path} holds neither a run of this project ({workdir.FOLDER}/<step>) nor config.json "
+            f"(Hugging Face) nor {open_clip.MODEL}"
+        )
+    if path.suffix in (".npz", ".safetensors") or path.is_absolute():
+        raise CheckpointError(f"{path}: there is no such file or folder")
+    try:
+        preset = presets.find(name)
+    except ValueError as error:
+        raise CheckpointError(f"{name} is no path here, and as a released model: {error}") from None
+    return huggingface.read(hub.fetch(preset.huggingface))
+
+
+def write(
+    weights: Weights, path: str | pathlib.Path, format: str, **options: bool
+) -> tuple[str, ...]:
+    """Writes a model in one of FORMATS; what is not exact in it, for people.
+
+    Raises:
+      CheckpointError: `path` is there already, or the format has no such model.
+    """
+    path = pathlib.Path(path)
+    if path.exists():
+        raise CheckpointError(f"{path} is there already; choose another name, or delete it")
+    if format not in FORMATS:
+        raise CheckpointError(f"format {format!r} is none of {', '.join(FORMATS)}")
+    return FORMATS[format](weights, path, **options) or ()

@@ -1,0 +1,160 @@
+"""A model from one format to another: `python -m siglip.checkpoints.convert --help`."""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from siglip import positions
+from siglip.checkpoints import FORMATS, adapt, huggingface, names, read, write
+from siglip.checkpoints.errors import CheckpointError
+from siglip.checkpoints.leaf import Leaf
+from siglip.checkpoints.weights import Weights, report
+
+DONE, MISTAKE, INTERRUPTED = 0, 2, 85
+
+HELP = """\
+Converts a SigLIP or SigLIP 2 model between formats, exactly to the bit, and says what it did with
+every array.
+
+  python -m siglip.checkpoints.convert runs/mine mine               to Hugging Face
+  python -m siglip.checkpoints.convert webli_en_b16_224_63724782.npz b16 --tokenizer c4_en.model
+  python -m siglip.checkpoints.convert mine mine.npz                to big_vision
+  python -m siglip.checkpoints.convert mine tower --only img        SiglipVisionModel, for a VLM
+
+SRC: an .npz of big_vision, a folder of Hugging Face or open_clip, a workdir or a step of it, the
+name of a released model (siglip2-b16-256), or random:NAME. DST must not be there yet.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISTAKE, f"error: {message}\n")
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="python -m siglip.checkpoints.convert",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", metavar="SRC")
+    add("target", metavar="DST")
+    add("--format", choices=FORMATS, help="of DST; .npz is big_vision, anything else huggingface")
+    add("--only", choices=("img", "txt"), help="one tower")
+    add("--stacked", action="store_true", help="big_vision: layers stacked, as its SigLIP 2 files")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="round every array")
+    add("--tokenizer", metavar="FILE", help="a SentencePiece .model or a tokenizer.json")
+    add("--res", type=int, metavar="pixels", help="resize the image positions to this size ...")
+    add("--positions", choices=positions.METHODS, help="... by this method")
+    add("--token_len", type=int, metavar="n", help="change the text positions to this length ...")
+    add("--text_positions", choices=positions.TEXT_METHODS, help="... by this method")
+    add("--dry_run", action="store_true", help="read and check SRC, report, write nothing")
+    add("--quiet", action="store_true", help="no report of every array")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    flags = make_parser().parse_args(argv)
+    try:
+        return convert(flags)
+    except (CheckpointError, OSError) as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+
+
+def convert(flags: argparse.Namespace) -> int:
+    started = time.monotonic()
+    target = pathlib.Path(flags.target)
+    format = flags.format or ("big_vision" if target.suffix == ".npz" else "huggingface")
+    if flags.stacked and format != "big_vision":
+        raise CheckpointError(f"--stacked is for big_vision's .npz, not for {format}")
+    if target.exists() and not flags.dry_run:
+        raise CheckpointError(f"{target} is there already; choose another name, or delete it")
+    weights = adapted(read(flags.source), flags)
+    if format != "big_vision":
+        huggingface.check_expressible(weights.spec, format)
+    if not flags.quiet:
+        print("\n".join(report(theirs(weights, format))))
+    spec = weights.spec
+    print(
+        f"{weights.source} ({weights.format}): {weights.parameters:,} parameters in "
+        f"{len(weights.leaves)} arrays"
+        + (f", taken for the released {spec.preset}" if spec.preset else "")
+    )
+    if flags.dry_run:
+        return DONE
+    options = {"stacked": True} if flags.stacked else {}
+    notes = write(weights, target, format, **options)
+    for note in notes:
+        print(f"note: {note}")
+    try:
+        compared = verify(weights, target)
+    except KeyboardInterrupt:
+        print(f"interrupted; {target} is written but not compared with the source", file=sys.stderr)
+        return INTERRUPTED
+    print(
+        f"{target} ({format}): written and read again, {compared} arrays equal to the bit, "
+        f"{time.monotonic() - started:.1f} s"
+    )
+    return DONE
+
+
+def adapted(weights: Weights, flags: argparse.Namespace) -> Weights:
+    """What the flags ask to be other than in the source."""
+    if flags.only:
+        weights = weights.only(flags.only)
+    if flags.res is not None:
+        weights = adapt.to_res(weights, flags.res, flags.positions)
+    if flags.token_len is not None:
+        weights = adapt.to_token_len(weights, flags.token_len, flags.text_positions)
+    if flags.dtype:
+        weights = adapt.cast(weights, flags.dtype)
+    if flags.tokenizer:
+        path = pathlib.Path(flags.tokenizer)
+        if not path.is_file():
+            raise CheckpointError(f"--tokenizer={path}: there is no such file")
+        name = "huggingface" if path.suffix == ".json" else "sentencepiece"
+        spec = dataclasses.replace(
+            weights.spec, tokenizer={"name": name, "path": str(path.absolute())}
+        )
+        weights = dataclasses.replace(weights, spec=spec)
+    return weights
+
+
+def theirs(weights: Weights, format: str) -> dict[str, Leaf]:
+    """The arrays as the format names and shapes them, for the report."""
+    shapes = {name: leaf.shape for name, leaf in weights.leaves.items()}
+    if format == "big_vision":
+        return {f"params/{name}": leaf for name, leaf in weights.leaves.items()}
+    entries = names.huggingface(shapes) if format == "huggingface" else names.open_clip(shapes)
+    return {entry.theirs: names.to_theirs(entry, weights.leaves) for entry in entries}
+
+
+def verify(weights: Weights, target: pathlib.Path) -> int:
+    """Reads what was written and compares every array; how many are equal, which is all.
+
+    Raises:
+      CheckpointError: one is not.
+    """
+    again = read(target).leaves
+    for name, leaf in weights.leaves.items():
+        if name not in again:
+            raise CheckpointError(f"{target} was written without {name}; delete it")
+        ours, theirs = leaf.read(), again[name].read()
+        same = ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        if not same or ours.tobytes() != theirs.tobytes():
+            raise CheckpointError(f"{name} is not in {target} as it was in the source; delete it")
+    return len(weights.leaves)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

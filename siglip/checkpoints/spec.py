@@ -1,0 +1,308 @@
+"""What a model is and what it must be given, beside its arrays.
+
+The most repeated complaint about released SigLIP weights is wrong preprocessing, which costs up to
+12 points without an error. So the contract travels with the arrays, in `siglip.json`.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from siglip import presets
+from siglip.checkpoints.errors import CheckpointError
+from siglip.transformer import SIZES, VARIANTS
+from siglip.two_towers import TwoTowers, make_model
+
+FILE = "siglip.json"
+MOSTLY = 0.95  # of the rows of a token table, which a tokenizer has at least
+EXTRA = 100  # ids more than rows, at most: mc4's SentencePiece model ends in 100 of no text
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """
+    Attributes:
+      img, txt: keyword arguments of make_vit and make_text; None without that tower.
+      bias: the model has the parameter b.
+      res: side of the images in pixels; None for patches (NaFlex) and embeddings.
+      token_len: positions of the text tower.
+      vocab_size, eos_id, pad_id: of the tokenizer; the token table may have more rows.
+      image, text: the preprocessing, as config.input.image and text say it.
+      tokenizer: name and options of input_pipeline.TOKENIZERS; None where it is not at hand.
+      preset: the released model that this is taken for; '' for none.
+    """
+
+    img: dict[str, Any] | None
+    txt: dict[str, Any] | None
+    bias: bool = True
+    res: int | None = None
+    token_len: int | None = None
+    vocab_size: int | None = None
+    eos_id: int = 1
+    pad_id: int = 1
+    image: str = "decode | resize"
+    text: str = "lower | tokenize"
+    tokenizer: dict[str, Any] | None = None
+    preset: str = ""
+
+    def make_model(self, **options: Any) -> TwoTowers:
+        """The model; a tower that the checkpoint lacks is a tiny one that nobody calls.
+
+        Args:
+          options: dtype, scan, remat of two_towers.make_model.
+        """
+        img = self.img or {"variant": "precomputed", "width": self.embedding_dim}
+        txt = self.txt or {"variant": "mu", "vocab_size": 1, "out_dim": self.embedding_dim}
+        return make_model(img=img, txt=txt, b_init=-10.0 if self.bias else None, **options)
+
+    @property
+    def embedding_dim(self) -> int:
+        if self.img is not None:
+            from siglip.vit import make_vit
+
+            vit = make_vit(**self.img)
+            return vit.out_dim or vit.width
+        from siglip.text import make_text
+
+        tower = make_text(**self.txt or {})
+        return tower.out_dim or tower.width
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The arrays of this model, layers one by one: name -> shape."""
+        image, text = self.inputs()
+        init = self.make_model(scan=True).init
+        abstract = jax.eval_shape(init, jax.random.key(0), image, text)["params"]
+        found: dict[str, tuple[int, ...]] = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+            name = "/".join(str(key.key) for key in path)
+            before, stacked, after = name.partition("/encoderblock/")
+            if stacked:
+                for i in range(leaf.shape[0]):
+                    found[f"{before}/encoderblock_{i}/{after}"] = leaf.shape[1:]
+            else:
+                found[name] = leaf.shape
+        absent = [tower for tower in ("img", "txt") if getattr(self, tower) is None]
+        return {
+            name: shape
+            for name, shape in found.items()
+            if not (name.split("/")[0] in absent or (absent and name in ("t", "b")))
+        }
+
+    def inputs(self) -> tuple[Any, np.ndarray]:
+        """An image and a text of zeros."""
+        from siglip.vit import Patches
+
+        text = np.zeros((1, self.token_len or 1), np.int32)
+        if self.img is None or self.img["variant"] == "precomputed":
+            return np.zeros((1, self.embedding_dim), np.float32), text
+        p = int(self.img["variant"].partition("/")[2])
+        if self.img.get("naflex_grid"):
+            values, mask = np.zeros((1, 4, p * p * 3), np.uint8), np.ones((1, 4), bool)
+            made: Any = (values, mask, np.full((1, 2), 2, np.int32))
+            return Patches(*made), text
+        return np.zeros((1, self.res or p, self.res or p, 3), np.uint8), text
+
+
+def of_preset(preset: presets.Preset) -> Spec:
+    """The contract of a released model, without its tokenizer's file."""
+    model = preset.model()
+    return Spec(
+        img=model["img"],
+        txt=model["txt"],
+        res=None if preset.naflex else preset.res,
+        token_len=preset.token_len,
+        vocab_size=preset.vocab_size,
+        eos_id=preset.eos_id,
+        pad_id=preset.pad_id,
+        image=preset.image,
+        text=text_program(preset.eos_id, preset.pad_id),
+        preset=preset.name,
+    )
+
+
+def text_program(eos_id: int, pad_id: int) -> str:
+    """Lower case, EOS that survives truncation, padding."""
+    return "lower | tokenize" if pad_id == eos_id else f"lower | tokenize(pad_id={pad_id})"
+
+
+def infer(shapes: Mapping[str, tuple[int, ...]], *, where: str) -> Spec:
+    """The model that arrays of these names (big_vision's, layers one by one) and shapes are of.
+
+    Where they are those of exactly one released model, its contract is taken too.
+
+    Raises:
+      CheckpointError: they are of no model of this family.
+    """
+    try:
+        img = _infer_img(shapes) if any(name.startswith("img/") for name in shapes) else None
+        txt = _infer_txt(shapes) if any(name.startswith("txt/") for name in shapes) else None
+    except (KeyError, IndexError, ValueError) as error:
+        first = ", ".join(list(shapes)[:4]) or "none"
+        raise CheckpointError(
+            f"{where} holds no SigLIP model: {error} is not there; its arrays: {first}, ..."
+        ) from None
+    if img is None and txt is None:
+        first = ", ".join(list(shapes)[:4]) or "none"
+        raise CheckpointError(f"{where} holds no array img/... or txt/...; its arrays: {first}")
+    found = [preset for preset in presets.PRESETS.values() if _is(preset, img, txt)]
+    if len(found) == 1 and img and txt:
+        released = of_preset(found[0])
+        txt_block = {**(released.txt or {}), "vocab_size": txt[0]["vocab_size"]}
+        return dataclasses.replace(released, txt=txt_block, bias="b" in shapes)
+    spec = Spec(img and img[0], txt and txt[0], bias="b" in shapes)
+    if img and img[1] is not None:
+        patch = int(img[0]["variant"].partition("/")[2])
+        spec = dataclasses.replace(spec, res=img[1] * patch)
+    if txt:
+        vocab = txt[0]["vocab_size"]
+        pad = 0 if vocab >= 256_000 else 1  # of the released models, by their vocabularies
+        spec = dataclasses.replace(
+            spec, token_len=txt[1], vocab_size=vocab, pad_id=pad, text=text_program(1, pad)
+        )
+    return spec
+
+
+def _is(preset: presets.Preset, img, txt) -> bool:
+    model = preset.model()
+    if img and (img[0] != model["img"] or (img[1] or 0) != (0 if preset.naflex else preset.grid)):
+        return False
+    if not txt:
+        return True
+    block, token_len = txt
+    wanted = dict(model["txt"])
+    same_vocab = block["vocab_size"] == wanted.pop("vocab_size")
+    rest = {k: v for k, v in block.items() if k != "vocab_size"}
+    return same_vocab and rest == wanted and token_len == preset.token_len
+
+
+def _infer_img(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Any], int | None]:
+    """(keywords of make_vit, side of the grid of positions or None for NaFlex)."""
+    kernel, pos = shapes["img/embedding/kernel"], shapes["img/pos_embedding"]
+    naflex = len(kernel) == 2
+    patch = round((kernel[0] / 3) ** 0.5) if naflex else kernel[0]
+    block = _sizes(shapes, "img/Transformer/", kernel[-1], f"/{patch}")
+    if naflex:
+        block["naflex_grid"] = pos[0]
+    if "img/MAPHead_0/probe" not in shapes:
+        block["pool"] = "tok" if "img/cls" in shapes else "gap"
+    if "img/head/bias" in shapes:
+        block["out_dim"] = shapes["img/head/bias"][0]
+    return block, None if naflex else round(pos[1] ** 0.5)
+
+
+def _infer_txt(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Any], int]:
+    """(keywords of make_text, number of positions)."""
+    vocab, embed_dim = shapes["txt/Embed_0/embedding"]
+    pos = shapes["txt/pos_embedding"]
+    block = _sizes(shapes, "txt/Encoder_0/", pos[-1], "")
+    block["vocab_size"] = vocab
+    block["out_dim"] = shapes.get("txt/head/bias", (0,))[0]
+    if "txt/embed_projection/kernel" in shapes:
+        block["bottleneck"] = embed_dim
+    if "txt/MAPHead_0/probe" in shapes:
+        block["pool"] = "map"
+    return block, pos[1]
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]], encoder: str, width: int, patch: str) -> dict:
+    """{'variant': 'B/16'}, or another variant with the sizes that differ."""
+    prefix = f"{encoder}encoderblock_"
+    depth = len({name[len(prefix) :].split("/")[0] for name in shapes if name.startswith(prefix)})
+    mlp_dim = shapes[f"{prefix}0/MlpBlock_0/Dense_0/bias"][0]
+    heads = shapes[f"{prefix}0/MultiHeadDotProductAttention_0/query/bias"][0]
+    return variant_of((width, depth, mlp_dim, heads), patch)
+
+
+def variant_of(sizes: tuple[int, int, int, int], patch: str) -> dict[str, Any]:
+    """{'variant': name + patch}, with the sizes (width, depth, mlp_dim, heads) that differ."""
+    for name, known in VARIANTS.items():
+        if known == sizes:
+            return {"variant": name + patch}
+    return {"variant": "mu" + patch, **dict(zip(SIZES, sizes))}
+
+
+# Files
+
+
+def save(spec: Spec, path: pathlib.Path) -> None:
+    path.write_text(json.dumps({"version": 1, **dataclasses.asdict(spec)}, indent=2) + "\n")
+
+
+def load(path: pathlib.Path) -> Spec:
+    """
+    Raises:
+      CheckpointError: it is no such file, or one of a newer version.
+    """
+    try:
+        given = json.loads(path.read_text())
+        version = given.pop("version")
+        if version != 1:
+            raise CheckpointError(f"{path} has version {version}, this code reads version 1")
+        spec = Spec(**given)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path} cannot be read ({told}); delete it or convert again"
+        ) from None
+    tokenizer = dict(spec.tokenizer) if spec.tokenizer else None
+    if tokenizer and tokenizer.get("path"):
+        # Beside this file, wherever the folder was moved to.
+        tokenizer["path"] = str(path.parent / pathlib.Path(tokenizer["path"]).name)
+    return dataclasses.replace(spec, tokenizer=tokenizer)
+
+
+# The contract
+
+
+def check_contract(
+    spec: Spec, *, vocab_size: int, token_len: int, eos_id: int, pad_id: int, where: str
+) -> None:
+    """
+    Raises:
+      CheckpointError: texts made this way are not what the checkpoint was trained on; the message
+        says what it expects.
+    """
+    rows = (spec.txt or {}).get("vocab_size") or 0
+    # The table may have rows that no text uses, and the vocabulary ids that none does.
+    if MOSTLY * rows <= vocab_size <= rows + (EXTRA if rows >= 1000 * EXTRA else 0):
+        vocab_size = spec.vocab_size or vocab_size
+    given = {
+        "vocabulary": (spec.vocab_size, vocab_size, "ids; take its own tokenizer"),
+        "text length": (spec.token_len, token_len, "tokens"),
+        "EOS id": (spec.eos_id, eos_id, ""),
+        "padding id": (spec.pad_id, pad_id, f"(text = {spec.text!r})"),
+    }
+    wrong = [
+        f"{what} {got:,} where it expects {expected:,} {advice}".rstrip()
+        for what, (expected, got, advice) in given.items()
+        if expected is not None and got != expected
+    ]
+    if wrong:
+        kind = f" (taken for the released {spec.preset})" if spec.preset else ""
+        raise CheckpointError(f"{where}{kind} does not fit these texts: {'; '.join(wrong)}")
+
+
+def with_tokenizer_beside(spec: Spec, file: pathlib.Path) -> Spec:
+    """The spec with the tokenizer's file copied next to `file`, so that the whole can be moved."""
+    path = (spec.tokenizer or {}).get("path")
+    if not spec.tokenizer or not path:
+        return spec
+    source = pathlib.Path(path)
+    if not source.is_file():
+        raise CheckpointError(f"the tokenizer's file {path} is not there; pass --tokenizer FILE")
+    prefix = file.name.removesuffix(FILE).rstrip(".")
+    name = (
+        f"{prefix}.{source.name}" if prefix and not source.name.startswith(prefix) else source.name
+    )
+    target = file.with_name(name)
+    if target.resolve() != source.resolve():
+        shutil.copyfile(source, target)
+    return dataclasses.replace(spec, tokenizer={**spec.tokenizer, "path": name})

@@ -1,0 +1,27 @@
+"""The image tower of a frozen model whose embeddings were computed once (SigLiT)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Precomputed(nn.Module):
+    """Passes embeddings on, which TwoTowers normalises. It has no parameters: in a tree of them
+    there is no `img`.
+
+    Attributes:
+      width: of the embeddings.
+      out_dim: None, as of a tower without a head.
+    """
+
+    width: int
+    out_dim: None = None
+
+    def __call__(self, image: Float[Array, "n d"], *, rows=None, train: bool = False):
+        """Raises ValueError where `image` is none of n embeddings."""
+        del rows, train  # nothing is random
+        if getattr(image, "ndim", None) != 2 or image.shape[1] != self.width:
+            told = jax.tree.map(jnp.shape, image)
+            raise ValueError(f"a precomputed tower takes embeddings [n, {self.width}], not {told}")
+        return image
