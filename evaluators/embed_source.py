@@ -24,6 +24,7 @@ from input_pipeline.bad import Bad
 from input_pipeline.embeddings import KINDS
 from input_pipeline.errors import BadExample, UserError
 from siglip.sharding import batch_sharding, replicated
+from siglip.vit import images_of
 
 SHARD_ROWS = 16384  # 75 MB of images at d = 1152
 TRIES = 64  # examples from all over the source, for one that shows what a row is like
@@ -229,7 +230,7 @@ class _Reader:
         return self._rows.pop(i)
 
     def _row(self, example: dict[str, Any]) -> _Row:
-        texts, label = list(example["texts"]), example.get("label")
+        texts, label = [_text(text) for text in example["texts"]], example.get("label")
         languages, weights = example.get("languages"), example.get("weights")
         for parallel in (languages, weights):
             if parallel is not None and len(parallel) != len(texts):
@@ -239,7 +240,7 @@ class _Reader:
         return _Row(
             _text(example["id"]),
             example.get("shard", ""),
-            [_text(text) for text in texts],
+            texts,
             [self._preprocess.text(text) for text in texts] if self._texts else [],
             None if languages is None else [_text(language) for language in languages],
             None if weights is None else [float(weight) for weight in weights],
@@ -402,15 +403,8 @@ class _Allowed:
 
 def _embed_with(model: Any) -> Callable:
     def embed(params, batch: dict[str, Array]) -> Array:
-        try:  # TEMPORARY
-            from siglip.vit import images_of
-        except ImportError:
-
-            def images_of(b):
-                return b["image"]
-
-        image = images_of(batch) if "image" in batch else None
-        zimg, ztxt, _ = model.apply({"params": params}, image=image, text=batch.get("text"))
+        image, text = images_of(batch), batch.get("text")
+        zimg, ztxt, _ = model.apply({"params": params}, image=image, text=text)
         return ztxt if zimg is None else zimg
 
     return embed
@@ -422,7 +416,7 @@ def _zeros(source: Any, preprocess: Any, what: Sequence[str]) -> dict[str, np.nd
     if "image" in what:
         zeros |= {k: np.zeros_like(v) for k, v in _one(source, preprocess).items()}
     if "text" in what:
-        zeros["text"] = np.zeros_like(preprocess.text("A text."))
+        zeros["text"] = np.zeros_like(preprocess.text(""))
     return zeros
 
 

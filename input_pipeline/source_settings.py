@@ -58,9 +58,10 @@ def _value(setting: str, text: str, kind: Any) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
-    if kind in (Any, inspect.Parameter.empty):
-        return value
-    several = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    several = typing.get_args(kind) if union else (kind,)
+    if Any in several or inspect.Parameter.empty in several:
+        return text if str in several else value
     kinds = tuple(typing.get_origin(one) or one for one in several)
     if isinstance(value, kinds):
         return value

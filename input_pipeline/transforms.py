@@ -161,8 +161,8 @@ class Preprocess:
         made = self.image(example["image"], rng)
         if self.width is not None and made.shape != (self.width,):
             raise UserError(
-                f"the embedding of {example.get('id', 'an image')} has {len(made)} numbers, the model takes "
-                f"config.model.img.width={self.width}"
+                f"the embedding of {example.get('id', 'an image')} has {len(made)} numbers, the "
+                f"model takes config.model.img.width={self.width}"
             )
         return made if isinstance(made, dict) else {"image": made}
 

@@ -56,11 +56,11 @@ README = """\
 {source}, exported by siglip.export with jax {jax}; matmuls in {dtype}; for {platforms}.
 In Python, with jax, flatbuffers and safetensors installed, in this folder:
 
-    import json, jax, jax.export, safetensors.numpy
+    import functools, json, jax, jax.export, safetensors.numpy
     def tower(name):
         program = jax.export.deserialize(bytearray(open(f"{{name}}.stablehlo", "rb").read()))
         weights = jax.device_put(safetensors.numpy.load_file(f"{{name}}.safetensors"))
-        return lambda *inputs: jax.jit(program.call)(weights, *inputs)
+        return functools.partial(jax.jit(program.call), weights)
 {calls}
 
 siglip.json: how images and texts must be prepared. Any batch size runs.
@@ -147,9 +147,12 @@ def embed(made: Spec, name: str, dtype: str) -> Callable[..., Array]:
         params: dict[str, Any] = {"t": jnp.zeros(1), "b": jnp.zeros(1)}
         for array_name, array in arrays.items():
             insert(params, array_name, array)
-        given = Patches(*inputs) if len(inputs) == 3 else inputs[0]
-        zimg, ztxt, _ = model.apply({"params": params}, **{name: given})
-        return zimg if name == "image" else ztxt
+        if name == "text":
+            found: Any = model.apply({"params": params}, text=inputs[0])
+            return found[1]
+        image = Patches(*inputs) if len(inputs) == 3 else inputs[0]
+        found = model.apply({"params": params}, image=image)
+        return found[0]
 
     return apply
 
@@ -341,7 +344,7 @@ def main(argv: Sequence[str]) -> int:
         print("interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED
     for name, difference in differences.items():
-        print(f"{name}: differs from the model by at most {difference:.1e} (read back, {BATCHES=})")
+        print(f"{name}: differs from the model by at most {difference:.1e} (read back from the files)")
     print(f"{folder}: {time.monotonic() - started:.1f} s; how to call it is in README.txt there")
     return DONE
 

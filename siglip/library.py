@@ -237,7 +237,7 @@ class Model:
         def make(i: int) -> dict[str, Any]:
             try:
                 return self.preprocess.pixels({"image": pixels(items[i])})
-            except (BadExample, OSError) as error:
+            except (BadExample, OSError, SyntaxError) as error:  # what Pillow raises
                 shown = f" ({items[i]})" if isinstance(items[i], str | pathlib.Path) else ""
                 told = error.strerror if isinstance(error, OSError) else error
                 raise ValueError(f"image {i}{shown} cannot be read: {told or error}") from None
@@ -267,10 +267,20 @@ class Model:
         for i, text in enumerate(items):
             if not isinstance(text, str):
                 raise ValueError(f"text {i} is no string but a {type(text).__name__}")
-        before = self.truncated
+        before, rows = self.truncated, self.module.txt.vocab_size
         # Equal texts are embedded once, and equal to the last bit.
         distinct = list(dict.fromkeys(items))
-        z = self._rows(len(distinct), lambda i: {"text": self.preprocess.text(distinct[i])}, "text")
+
+        def make(i: int) -> dict[str, Any]:
+            ids = self.preprocess.text(distinct[i])
+            if ids.max() >= rows:  # its row would be NaN
+                raise ValueError(
+                    f"text {items.index(distinct[i])} has the token {ids.max()}, but the model "
+                    f"{rows:,} only"
+                )
+            return {"text": ids}
+
+        z = self._rows(len(distinct), make, "text")
         if cut := self.truncated - before:
             log.warning(
                 "%d of %d texts were longer than %d tokens and were cut, EOS kept",
@@ -441,4 +451,9 @@ def _is_embedding(x: Any) -> bool:
 
 
 def _many(x: Any, is_one: Callable[[Any], bool]) -> tuple[bool, list[Any]]:
-    return (False, [x]) if is_one(x) else (True, list(x))
+    if is_one(x):
+        return False, [x]
+    try:
+        return True, list(x)
+    except TypeError:
+        raise ValueError(f"one or many are taken, not a {type(x).__name__}") from None

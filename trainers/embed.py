@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
     """Does what the command line says; the exit code."""
     try:
         flags = _parse(argv)
-        found = _run(flags)
+        found, cut = _run(flags)
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return MISTAKE
@@ -101,27 +101,29 @@ def main(argv: list[str]) -> int:
         again = "run the same command again to go on"
         print(f"error: {one_line(failure)}; {again}", file=sys.stderr)
         return FAILED
-    print("\n".join(lines(found, flags.out)))
+    print("\n".join(lines(found, flags.out, cut)))
     return DONE
 
 
-def _run(flags: argparse.Namespace) -> Embedded:
+def _run(flags: argparse.Namespace) -> tuple[Embedded, int]:
+    """What became of it, and how many texts were cut."""
     if flags.cpu_devices:
         jax.config.update("jax_num_cpu_devices", flags.cpu_devices)
     compilation.keep_programs(os.environ)
     source = make_source(flags.source)
-    model = load_model(flags.model, flags.model_option)
-    row = Row(sys.stderr)
+    model = load_model(flags.model, flags.model_option, flags.what)
+    preprocessing, row = described(model.preprocess), Row(sys.stderr)
+    before = model.preprocess.truncated
     try:
-        return embed_source(
+        found = embed_source(
             model.module,
             model.params,
             model.preprocess,
             source,
             flags.out,
             description={
-                "model": model.name,
-                "preprocessing": described(model.preprocess),
+                "model": [model.name, *sorted(flags.model_option)],
+                "preprocessing": preprocessing,
                 "source": [flags.source[0], *sorted(flags.source[1:])],
             },
             what=flags.what,
@@ -135,18 +137,25 @@ def _run(flags: argparse.Namespace) -> Embedded:
         )
     finally:
         row.end()
+    return found, model.preprocess.truncated - before
 
 
-def load_model(name: str, options: list[str]) -> Any:
+def load_model(name: str, options: list[str], what: tuple[str, ...] = KINDS) -> Any:
     """What siglip.load returns, with options from 'key=value' words.
 
     Raises:
-      UserError: it cannot be loaded, or has no such option.
+      UserError: it cannot be loaded, has no such option, or cannot embed `what`.
     """
     load = functools.partial(siglip.load, name)
     settings = settings_of(load, options, "--model_option")
     try:
-        return load(**settings)
+        model = load(**settings)
+        # The towers that it lacks have stand-ins, and so has its tokenizer: ask for its own errors.
+        if "image" in what and model.spec.img is None:
+            model.encode_image(b"")
+        if "text" in what and (model.spec.txt is None or not model._has_tokenizer):
+            model.encode_text("")
+        return model
     except ValueError as error:  # CheckpointError is one
         raise UserError(f"--model {name}: {one_line(error)}") from error
 
@@ -200,15 +209,16 @@ class Row:
             self._open = False
 
 
-def lines(found: Embedded, out: str) -> list[str]:
+def lines(found: Embedded, out: str, cut: int) -> list[str]:
     """What was done, what is bad, and how to train with it."""
     manifest = found.manifest
+    long = [f"{cut} texts of this run were too long and were cut, EOS kept"] if cut else []
     if manifest is None:
         told = [f"this process's shards are in {out}; those of other processes are not all there"]
-        return told + _bad_lines(found.bad.kinds(), found.bad.worst())
+        return told + long + _bad_lines(found.bad.kinds(), found.bad.worst())
     texts = f", {manifest['texts']} texts" if "text" in manifest["what"] else ""
     told = [f"{manifest['rows']} rows{texts} of width {manifest['d']} in {out}"]
-    told += _bad_lines(manifest["bad"], found.bad.worst())
+    told += long + _bad_lines(manifest["bad"], found.bad.worst())
     if "image" in manifest["what"]:
         told += [
             "train with it:",

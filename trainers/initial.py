@@ -19,11 +19,14 @@ from trainers.rules import path_name
 PARTS = ("img", "txt", "t", "b")
 
 
-def initial_params(things: setup.Setup, params: PyTree) -> tuple[PyTree, list[str]]:
+def initial_params(
+    things: setup.Setup, params: PyTree, source: str | pathlib.Path
+) -> tuple[PyTree, list[str]]:
     """The parameters to start from, and what people should know about them.
 
     Args:
       params: fresh ones, on their devices, of which config.init_only leaves some.
+      source: a path or name for checkpoints.read, from config.init.
 
     Raises:
       UserError: the weights cannot be read, or do not fit the model or its texts.
@@ -36,12 +39,11 @@ def initial_params(things: setup.Setup, params: PyTree) -> tuple[PyTree, list[st
     if unknown := [part for part in only if part not in PARTS]:
         raise UserError(f"config.init_only names {unknown[0]!r}, which is none of {PARTS}")
     try:
-        path, step = pathlib.Path(config.init), None
-        if path.is_dir() and workdir.is_one(path):
-            step = workdir.locate(path)
-            if not (step.parents[1] / spec.FILE).exists() and not config.init_only:
-                return restore_params(step, abstract), []  # of an older version
-        weights = checkpoints.read(config.init)
+        step = pathlib.Path(source)
+        older = workdir.is_one(step) and not (step.parents[1] / spec.FILE).exists()
+        if older and not config.init_only:
+            return restore_params(step, abstract), []
+        weights = checkpoints.read(source)
         weights, notes = fitted(things, _taken(weights, only), only)
         return _merged(weights, params, config.model.scan, only), notes
     except CheckpointError as error:

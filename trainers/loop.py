@@ -177,29 +177,52 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
 
 
 def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
-    """All evaluators on the newest checkpoint of the workdir; writes results.json.
+    """All evaluators on the newest checkpoint of the workdir, or, where it holds none, on the
+    weights of config.init; writes results.json.
 
     Raises:
       UserError: there is no checkpoint, or it does not fit.
     """
     workdir = pathlib.Path(workdir)
-    start = checkpointing.find_start(str(workdir))
+    start = checkpointing.find_start(str(workdir), init=config.init)
     if start.kind == "scratch":
-        raise UserError(f"{workdir} holds no checkpoint to evaluate; train first")
+        raise UserError(
+            f"{workdir} holds no checkpoint to evaluate; train first, or pass --config and "
+            "--config.init=WEIGHTS"
+        )
     storage.keep_indexes_in(str(workdir / INDEX))
     things = setup.make_setup(config)
     evaluators = setup.make_evaluators(things)
-    abstract = setup.sharded(things.abstract_params(), things.mesh)
-    params = checkpointing.restore_params(str(start.path), abstract)
+    params = _params_of(things, start)
     if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
         initial.save_spec(things, workdir)
     final = {}
     for name, evaluator in evaluators.items():
         if jax.process_index() == 0:
-            print(f"evaluating {name} at step {start.step}", flush=True)
+            told = f"at step {start.step}" if start.kind == "workdir" else f"of {start.path}"
+            print(f"evaluating {name} {told}", flush=True)
         final[name] = _evaluate_one(evaluator, params)
     _report(final, evaluators, workdir)
     return final
+
+
+def _params_of(things: setup.Setup, start: checkpointing.Start):
+    """The parameters to evaluate."""
+    abstract = setup.sharded(things.abstract_params(), things.mesh)
+    if start.kind == "workdir":
+        return checkpointing.restore_params(str(start.path), abstract)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    key, inputs = jax.random.key(things.config.seed), things.inputs
+    fresh = jax.jit(lambda: things.model.init(key, *inputs)["params"], out_shardings=shardings)()
+    params, notes = initial.initial_params(things, fresh, start.path or "")
+    _tell(notes)
+    return params
+
+
+def _tell(notes: Iterable[str]) -> None:
+    for note in notes if jax.process_index() == 0 else ():
+        print(f"note: {note}", flush=True)
 
 
 def _start(things, plan, workdir, checkpoints, abstract, init):
@@ -215,10 +238,9 @@ def _start(things, plan, workdir, checkpoints, abstract, init):
             state, saved, step = checkpointing.restore_state(str(start.path), abstract)
         case "init":
             state = init()
-            params, notes = initial.initial_params(things, state.params)
+            params, notes = initial.initial_params(things, state.params, start.path or "")
             state = state.replace(params=params)
-            for note in notes if jax.process_index() == 0 else ():
-                print(f"note: {note}", flush=True)
+            _tell(notes)
         case _:
             state = init()
     here = _position(config, plan, step)

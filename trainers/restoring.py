@@ -64,6 +64,9 @@ def find_start(workdir: str, resume: str | None = None, init: str | None = None)
     if resume:
         found = locate(resume, key="config.resume")
         return Start("resume", found, int(found.name))
+    if init and workdir_format.is_one(pathlib.Path(init)):
+        found = locate(init, key="config.init")
+        return Start("init", found, int(found.name))
     return Start("init", init) if init else Start("scratch")
 
 

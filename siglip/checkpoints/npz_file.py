@@ -33,7 +33,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MOST_HEADER = 10_000  # bytes of the text before an array; numpy's limit too
 MOST_RATIO = 1032  # of deflate: a match of 258 bytes takes two bits at least
 ALIGN = 64  # bytes
-PACKED = 1 << 20  # bytes of a compressed array that are read at once
+CHUNK = 1 << 20  # bytes that are read, and unpacked, at once
 
 
 def read(path: str | os.PathLike) -> dict[str, Leaf]:
@@ -102,7 +102,7 @@ def _members(source: Source, file: io.BufferedReader) -> list[_Member]:
         with zipfile.ZipFile(file) as archive:
             infos = [info for info in archive.infolist() if not info.is_dir()]
     # What zipfile lets through for damaged directories; it reads at most the bytes that are there.
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error) as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         file.seek(0)
         head = file.read(256)
         what = "" if head.startswith(b"PK") else what_it_is(head)
@@ -237,9 +237,9 @@ def _fill(file: io.BufferedReader, member: _Member, out: np.ndarray) -> int:
     while at < out.size and not unpack.eof:
         data = unpack.unconsumed_tail
         if not data:
-            data = file.read(min(left, PACKED))
+            data = file.read(min(left, CHUNK))
             left -= len(data)
-        piece = unpack.decompress(data, out.size - at)
+        piece = unpack.decompress(data, min(out.size - at, CHUNK))
         if not data and not piece:
             break
         out[at : at + len(piece)] = np.frombuffer(piece, np.uint8)

@@ -5,6 +5,7 @@ The most repeated complaint about released SigLIP weights is wrong preprocessing
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -75,6 +76,9 @@ class Spec:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The arrays of this model, layers one by one: name -> shape."""
+        return dict(_shapes(json.dumps(dataclasses.asdict(self))))
+
+    def _trace(self) -> dict[str, tuple[int, ...]]:
         image, text = self.inputs()
         init = self.make_model(scan=True).init
         abstract = jax.eval_shape(init, jax.random.key(0), image, text)["params"]
@@ -107,6 +111,11 @@ class Spec:
             made: Any = (values, mask, np.full((1, 2), 2, np.int32))
             return Patches(*made), text
         return np.zeros((1, self.res or p, self.res or p, 3), np.uint8), text
+
+
+@functools.lru_cache(maxsize=32)  # tracing a model takes half a second, and reading asks twice
+def _shapes(fields: str) -> dict[str, tuple[int, ...]]:
+    return Spec(**json.loads(fields))._trace()
 
 
 def of_preset(preset: presets.Preset) -> Spec:

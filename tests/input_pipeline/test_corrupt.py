@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from input_pipeline import loader
+from input_pipeline.corrupt import Corruption
 from input_pipeline.errors import UserError
 from input_pipeline.memory import Memory
 from input_pipeline.tokenizers import Bytes
@@ -46,6 +47,19 @@ def test_an_image_becomes_uniform_noise_with_probability_p(p):
     pixels = np.concatenate([batch["image"] for batch in noisy])[hit]
     assert abs(pixels.mean() - 127.5) < 3 and pixels.min() == 0 and pixels.max() == 255
     assert len(np.unique(pixels.reshape(len(pixels), -1), axis=0)) == len(pixels)
+
+
+def test_an_embedding_becomes_one_of_a_random_direction():
+    noise = Corruption("image(0.5)", seed=0, batch_size=1)
+    given = {"image": np.full(64, 3.0, np.float32)}
+    made = [noise.corrupt_image(given, position)["image"] for position in range(400)]
+    hit = np.array([image[0] != 3 for image in made])
+    assert abs(hit.mean() - 0.5) < 0.1
+    noisy = np.stack(made)[hit]
+    assert noisy.dtype == np.float32 and np.isfinite(noisy).all()
+    unit = noisy / np.linalg.norm(noisy, axis=1, keepdims=True)
+    assert np.abs(unit.mean(axis=0)).max() < 0.04  # in 200 draws of 1 / 8 in each coordinate
+    np.testing.assert_array_equal(noise.corrupt_image(given, 9)["image"], made[9])
 
 
 @pytest.mark.parametrize("p", [0.2, 1.0])

@@ -213,7 +213,7 @@ def test_an_unknown_name_is_told_the_three_nearest():
         "vit-b-16-siglip": "siglip-b16-224, ",  # names are told apart by case
         "google/siglip2-giant-opt-patch16-224": "siglip2-g-opt16-",
         "webli_en_l16_384": "siglip-l16-384, ",
-        "VIT-L-16-SIGLIP2-51": "siglip2-l16-512, ",
+        "MULTILINGUAL": "siglip-b16-256-i18n, ",
     }.items():
         with pytest.raises(ValueError, match=f"named '{name}'; the nearest: {nearest}") as error:
             presets.find(name)

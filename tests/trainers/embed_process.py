@@ -1,43 +1,55 @@
 """`python -m trainers.embed` with a tiny model in the place of a released one; run by
 test_embed_program.py, as a program and for its model."""
 
+import functools
 import runpy
 import sys
 import time
-import types
 
 import jax
 import numpy as np
 
 import siglip
 from evaluators import embedding_store
+from evaluators.neighbours import local_mesh
 from input_pipeline import tokenizers
 from input_pipeline.transforms import make_preprocess
+from siglip.checkpoints.spec import Spec
+from siglip.library import Model
 from siglip.two_towers import make_model
 
 RES, TOKEN_LEN = 16, 8
+SIZES = {"width": 16, "depth": 1, "mlp_dim": 32, "num_heads": 2}
+IMG, TXT = {"variant": "mu/8", **SIZES}, {"variant": "mu", "vocab_size": 259, **SIZES}
 
 
-def load(path, *, seed: int = 0, slow: float = 0.0):
-    """A model of random parameters, as siglip.load returns one. slow: seconds after each shard."""
+def load(path, *, seed: int = 0, lacks: str = ""):
+    """A model of random parameters, as siglip.load returns one."""
     if path != "tiny":
         raise ValueError(f"there is no checkpoint\n or preset {path!r}")
-    preprocess = make_preprocess(
-        tokenizers.Bytes(), res=RES, token_len=TOKEN_LEN, image="decode | resize"
+    spec = Spec(img=None if lacks == "img" else IMG, txt=None if lacks == "txt" else TXT)
+    return Model(
+        name=path,
+        spec=spec,
+        module=made(seed)[0],
+        params=made(seed)[1],
+        preprocess=make_preprocess(tokenizers.Bytes(), res=RES, token_len=TOKEN_LEN),
+        mesh=local_mesh(),
+        has_tokenizer=lacks != "tokenizer",
     )
-    if slow:
-        finish = embedding_store.Writer.finish
-        embedding_store.Writer.finish = lambda self: (finish(self), time.sleep(slow))
-    sizes = {"width": 16, "depth": 1, "mlp_dim": 32, "num_heads": 2}
-    module = make_model(
-        img={"variant": "mu/8", **sizes}, txt={"variant": "mu", "vocab_size": 259, **sizes}
-    )
+
+
+@functools.cache
+def made(seed: int):
+    """(module, its parameters)."""
+    module = make_model(img=IMG, txt=TXT)
     inputs = np.zeros((1, RES, RES, 3), np.uint8), np.zeros((1, TOKEN_LEN), np.int32)
-    params = module.init(jax.random.key(seed), *inputs)["params"]
-    return types.SimpleNamespace(module=module, params=params, preprocess=preprocess, name=path)
+    return module, module.init(jax.random.key(seed), *inputs)["params"]
 
 
 if __name__ == "__main__":
+    finish = embedding_store.Writer.finish  # it waits long after a shard, for a signal
+    embedding_store.Writer.finish = lambda self: (finish(self), time.sleep(100))
     siglip.load = load  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv = ["embed", *sys.argv[1:]]
     runpy.run_module("trainers.embed", run_name="__main__", alter_sys=True)

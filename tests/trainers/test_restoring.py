@@ -34,13 +34,17 @@ def test_a_path_may_be_a_workdir_its_checkpoints_or_one_step(tmp_path):
         assert_same(restore_state(path, abstract())[0], make_state(step))
 
 
-@pytest.mark.parametrize("key", ["resume", "init"])
-def test_a_path_without_a_checkpoint_says_so(tmp_path, key):
-    with pytest.raises(UserError, match=f"config.{key} = '.*/gone': no such directory"):
-        find_start(tmp_path / "own", **{key: str(tmp_path / "gone")})
+def test_a_path_without_a_checkpoint_says_so(tmp_path):
+    with pytest.raises(UserError, match=r"config.resume = '.*/gone': no such directory"):
+        find_start(tmp_path / "own", resume=str(tmp_path / "gone"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=f"config.{key} = '.*/empty' holds no checkpoint"):
-        find_start(tmp_path / "own", **{key: str(tmp_path / "empty")})
+    with pytest.raises(UserError, match=r"config.resume = '.*/empty' holds no checkpoint"):
+        find_start(tmp_path / "own", resume=str(tmp_path / "empty"))
+
+
+def test_what_to_start_from_may_be_a_released_model(tmp_path):
+    """initial.py reads it, and says what is wrong with it."""
+    assert find_start(tmp_path, init="siglip-b16-224") == Start("init", "siglip-b16-224", None)
 
 
 def test_resume_gives_the_whole_state_and_the_data_position(tmp_path):

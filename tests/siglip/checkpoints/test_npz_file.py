@@ -7,9 +7,11 @@ import pathlib
 import pickle
 import re
 import struct
+import sys
 import time
 import tracemalloc
 import zipfile
+import zlib
 from collections.abc import Callable
 
 import ml_dtypes
@@ -129,6 +131,7 @@ def test_the_same_arrays_give_the_same_bytes_at_any_time_and_in_any_layout(tmp_p
     plain = np.arange(24.0).reshape(2, 3, 4)
     npz_file.write(tmp_path / "a.npz", [("a", of_array(plain))])
     monkeypatch.setattr(time, "time", lambda: 2e9)
+    monkeypatch.setattr(sys, "platform", "win32")
     for array in (np.asfortranarray(plain), plain.astype(">f8")):
         npz_file.write(tmp_path / "b.npz", [("a", of_array(array))])
         assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
@@ -321,6 +324,58 @@ def test_a_wrong_checksum_or_damaged_bytes_are_one_line(tmp_path, save):
     path.write_bytes(middle)
     with pytest.raises(CheckpointError, match=r"^x.npz: a is damaged [^\n]*$"):
         npz_file.read(path)["a"].read()
+
+
+@pytest.mark.parametrize(
+    ("flush", "tail", "says"),
+    [
+        (zlib.Z_FULL_FLUSH, b"\7", "Error -3"),  # no such kind of block
+        (zlib.Z_FULL_FLUSH, b"", "wrong checksum"),  # neither an end nor more
+        (zlib.Z_FINISH, bytes(100), "wrong checksum"),  # an end too early
+    ],
+    ids=["damaged", "endless", "short"],
+)
+def test_bytes_that_cannot_be_unpacked_are_one_line(tmp_path, flush, tail, says):
+    path = tmp_path / "x.npz"
+    begin = claims("(30_000,)") + bytes(60_000)
+    pack = zlib.compressobj(wbits=-15)
+    packed = pack.compress(begin) + pack.flush(flush)
+    archive(path, {"a.npy": packed + tail})
+    edited(path, METHOD, "<H", zipfile.ZIP_DEFLATED)
+    edited(path, SIZE, "<I", len(begin) + 60_000)
+    leaf = npz_file.read(path)["a"]
+    with pytest.raises(CheckpointError, match=rf"^x.npz: a is damaged \({says}[^\n]*$"):
+        leaf.read()
+
+
+def test_an_array_whose_bytes_go_on_is_refused(tmp_path):
+    path = archive(tmp_path / "x.npz", {"a.npy": claims("(1,)") + bytes(8)})
+    assert "exactly" in refusal(edited(path, SIZE, "<I", len(claims("(1,)")) + 4))
+
+
+def test_a_directory_of_names_that_are_no_text_is_refused(tmp_path):
+    path = archive(tmp_path / "x.npz", {"é.npy": npy(np.zeros(1))})
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xff\xff"))
+    assert "has a damaged zip directory ('utf-8' codec" in refusal(path)
+
+
+def test_an_archive_without_its_beginning_is_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, a=np.zeros(100))
+    path.write_bytes(path.read_bytes()[50:])
+    assert "is not where the zip directory says" in refusal(path)
+
+
+def test_unpacking_takes_no_second_array(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, a=np.zeros(20_000_000, np.uint8))
+    leaf = npz_file.read(path)["a"]
+    tracemalloc.start()
+    try:
+        assert not leaf.read().any()
+        assert tracemalloc.get_traced_memory()[1] < 25e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_arrays_in_the_same_place_are_refused(tmp_path):

@@ -1,0 +1,53 @@
+"""Released or own weights on ImageNet (zero-shot) and COCO (retrieval); nothing is trained.
+
+  python main.py --eval_only --config configs/evaluate.py:model=siglip2-b16-256,\
+init=weights/siglip2-b16-256,data_dir=/data/tfds --workdir runs/judged
+
+`data_dir` holds imagenet2012 and coco_captions prepared by TFDS as ArrayRecord; `what` chooses one.
+Or one's own: path=pairs.jsonl,images=photos.zip measures retrieval on its split val (all of it for
+.tar, .parquet and .array_record files). `init`, `tokenizer`, `small`: see configs/finetune.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import _released, _source
+
+
+def get_config(
+    model: str = "siglip2-b16-256",
+    init: str = "",
+    data_dir: str = "",
+    what: str = "imagenet,coco",
+    path: str = "",
+    images: str = "",
+    tokenizer: str = "",
+    batch_size: int = 256,
+    small: bool = False,
+) -> ConfigDict:
+    if not (init and (data_dir or path)):
+        raise ValueError("pass init=WEIGHTS and data_dir=FOLDER (or path=PAIRS)")
+    # The data it would train on are those that it is evaluated on: --eval_only never looks.
+    config = _released.fine_tuning(
+        model, init, path or data_dir, images, "", tokenizer, batch_size, "1 steps", small
+    )
+    tfds = {"name": "tfds", "data_dir": data_dir}
+    known = {
+        "imagenet": {
+            "type": "zeroshot",
+            "batch_size": batch_size,
+            "classnames": "imagenet",
+            "templates": ("clip_paper",),
+            "source": tfds | {"dataset": "imagenet2012", "split": "validation", "label": "label"},
+        },
+        "coco": {
+            "type": "retrieval",
+            "batch_size": batch_size,
+            "source": tfds | {"dataset": "coco_captions", "split": "test", "text": "captions/text"},
+        },
+    }
+    evals = {name: known[name] for name in what.split(",")} if data_dir else {}
+    if path:
+        source = _source.of(path, "val", images=images)
+        evals["retrieval"] = {"type": "retrieval", "batch_size": batch_size, "source": source}
+    config.evals = ConfigDict(evals)
+    return config

@@ -1,0 +1,151 @@
+"""What a model is: read from shapes and from siglip.json, and held against texts."""
+
+import dataclasses
+import json
+
+import pytest
+from tiny_models import TINY, one_line, tiny
+
+from siglip.checkpoints import CheckpointError, spec
+from siglip.presets import PRESETS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_released_model_is_known_by_its_shapes(name):
+    made = spec.of_preset(PRESETS[name])
+    assert spec.infer(made.shapes(), where="here") == made
+
+
+@pytest.mark.parametrize("name", ["siglip-b16-224", "siglip2-b16-naflex", "siglip2-b32-256"])
+def test_a_tower_alone_is_known_by_its_shapes(name):
+    made = spec.of_preset(PRESETS[name])
+    shapes = made.shapes()
+    for tower in ("img", "txt"):
+        alone = {n: s for n, s in shapes.items() if n.startswith(f"{tower}/")}
+        found = spec.infer(alone, where="here")
+        assert getattr(found, tower) == getattr(made, tower)
+        assert not found.bias and found.shapes() == alone
+        if tower == "txt":
+            assert (found.pad_id, found.text) == (made.pad_id, made.text)
+            assert (found.token_len, found.vocab_size) == (64, made.vocab_size)
+        else:
+            assert found.res == made.res
+
+
+def test_towers_of_this_project_are_known_by_their_shapes():
+    for img, txt in (
+        ({"variant": "mu/16", "pool": "gap"}, {**TINY.txt, "bottleneck": 8}),
+        ({"variant": "mu/16", "pool": "tok", "out_dim": 24}, {**TINY.txt, "out_dim": 24}),
+        ({**TINY.img, "width": 48, "num_heads": 3}, {**TINY.txt, "out_dim": 48, "pool": "map"}),
+    ):
+        made = tiny(img=img, txt=txt).spec
+        found = spec.infer(made.shapes(), where="here")
+        assert found.shapes() == made.shapes() and found.preset == ""
+        assert (found.res, found.token_len, found.vocab_size) == (32, 16, 259)
+
+
+def test_without_a_bias_there_is_none():
+    made = dataclasses.replace(spec.of_preset(PRESETS["siglip-b16-224"]), bias=False)
+    assert "b" not in made.shapes() and spec.infer(made.shapes(), where="here") == made
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [{}, {"visual.proj": (3, 4)}, {"img/head/bias": (3,)}, {"txt/Embed_0/embedding": (3, 4)}],
+)
+def test_arrays_of_something_else_are_refused_in_one_line(shapes):
+    with pytest.raises(CheckpointError) as error:
+        spec.infer(shapes, where="FILE")
+    told = one_line(error)
+    assert told.startswith("FILE holds no ") and next(iter(shapes), "none") in told
+
+
+# siglip.json
+
+
+def test_the_file_gives_back_the_spec_and_the_same_bytes(tmp_path):
+    spec.save(TINY, tmp_path / "a.json")
+    assert spec.load(tmp_path / "a.json") == TINY
+    spec.save(spec.load(tmp_path / "a.json"), tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"version": 2}', '{"version": 1}', "null", "3"],
+)
+def test_a_damaged_or_newer_file_is_refused_in_one_line(content, tmp_path):
+    (tmp_path / "siglip.json").write_text(content)
+    with pytest.raises(CheckpointError) as error:
+        spec.load(tmp_path / "siglip.json")
+    assert "siglip.json" in one_line(error)
+
+
+def test_unknown_fields_are_refused(tmp_path):
+    content = {"version": 1, **dataclasses.asdict(TINY), "rotary": True}
+    (tmp_path / "siglip.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="rotary"):
+        spec.load(tmp_path / "siglip.json")
+
+
+def test_the_tokenizer_travels_with_the_file(tmp_path):
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "c4.model").write_bytes(b"pieces")
+    block = {"name": "sentencepiece", "path": str(tmp_path / "from" / "c4.model")}
+    given = dataclasses.replace(TINY, tokenizer=block)
+    for name, copy in (("siglip.json", "c4.model"), ("b16.siglip.json", "b16.c4.model")):
+        (tmp_path / "there").mkdir()
+        file = tmp_path / "there" / name
+        spec.save(spec.with_tokenizer_beside(given, file), file)
+        (tmp_path / "there").rename(tmp_path / name.replace(".", "-"))
+        moved = tmp_path / name.replace(".", "-")
+        found = spec.load(moved / name)
+        assert found.tokenizer == {**block, "path": str(moved / copy)}
+        assert (moved / copy).read_bytes() == b"pieces"
+        # Once more from there: no second copy, no second prefix.
+        assert spec.with_tokenizer_beside(found, moved / name).tokenizer["path"] == copy
+        assert len(list(moved.iterdir())) == 2
+    block["path"] = "nowhere.model"
+    with pytest.raises(CheckpointError, match="nowhere.model is not there; pass --tokenizer"):
+        spec.with_tokenizer_beside(dataclasses.replace(TINY, tokenizer=block), tmp_path / "x")
+
+
+# The contract
+
+RIGHT = dict(vocab_size=259, token_len=16, eos_id=1, pad_id=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"vocab_size": 300}, "vocabulary 300 where it expects 259"),
+        ({"vocab_size": 32_000}, "vocabulary 32,000 where it expects 259"),
+        ({"token_len": 64}, "text length 64 where it expects 16"),
+        ({"eos_id": 2}, "EOS id 2 where it expects 1"),
+        ({"pad_id": 1}, "padding id 1 where it expects 0 (text = 'lower | tokenize(pad_id=0)')"),
+    ],
+)
+def test_texts_that_the_model_was_not_trained_on_are_refused(changes, told):
+    spec.check_contract(TINY, **RIGHT, where="FILE")
+    with pytest.raises(CheckpointError) as error:
+        spec.check_contract(TINY, **RIGHT | changes, where="FILE")
+    assert one_line(error) == one_line(error).strip() and told in one_line(error)
+    assert one_line(error).startswith("FILE does not fit these texts: ")
+
+
+def test_a_table_may_have_a_few_rows_more_and_a_vocabulary_mc4s_hundred():
+    released = spec.of_preset(PRESETS["siglip-b16-256-i18n"])
+    for vocab_size, fits in (
+        (250_000, True),
+        (249_000, True),
+        (250_100, True),  # 250,000 pieces and 100 extra ids, which no text has
+        (250_101, False),
+        (200_000, False),
+        (256_000, False),
+    ):
+        given = dict(vocab_size=vocab_size, token_len=64, eos_id=1, pad_id=1)
+        if fits:
+            spec.check_contract(released, **given, where="FILE")
+        else:
+            with pytest.raises(CheckpointError, match="taken for the released siglip-b16-256-i18n"):
+                spec.check_contract(released, **given, where="FILE")
