@@ -344,7 +344,7 @@ def main(argv: Sequence[str]) -> int:
         print("interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED
     for name, difference in differences.items():
-        print(f"{name}: differs from the model by at most {difference:.1e} (read back from the files)")
+        print(f"{name}: read back, it differs from the model by at most {difference:.1e}")
     print(f"{folder}: {time.monotonic() - started:.1f} s; how to call it is in README.txt there")
     return DONE
 

@@ -16,9 +16,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from siglip.checkpoints.errors import CheckpointError
-from siglip.checkpoints.leaf import Leaf
-from siglip.checkpoints.safetensors_file import (
+from siglip.checkpoints.array_file import (
     Source,
     as_array,
     check_name,
@@ -27,6 +25,8 @@ from siglip.checkpoints.safetensors_file import (
     what_it_is,
     write_array,
 )
+from siglip.checkpoints.errors import CheckpointError
+from siglip.checkpoints.leaf import Leaf
 
 NUMBERS = {np.dtype(code) for code in "?bhilqBHILQefd"}  # bool, integers, floats
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

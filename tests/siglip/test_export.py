@@ -43,8 +43,7 @@ def folder(weights, tmp_path_factory):
 
 def embed(weights, **inputs):
     """Of the Flax model, as it is."""
-    zimg, ztxt, scalars = weights.spec.make_model().apply({"params": weights.tree()}, **inputs)
-    return zimg, ztxt, scalars
+    return jax.jit(weights.spec.make_model().apply)({"params": weights.tree()}, **inputs)
 
 
 def call(folder, name, *inputs):
@@ -118,10 +117,9 @@ def test_naflex_takes_any_number_of_patches(tmp_path):
     weights = random.make(NAFLEX, "naflex")
     export(weights.only("img"), tmp_path / "x", Options())
     assert "(values, mask, shape)" in (tmp_path / "x" / "README.txt").read_text()
-    for n, l in ((2, 7), (4, 20)):
-        given = patches(n, l)
-        zimg, _, _ = embed(weights, image=Patches(*given))
-        np.testing.assert_allclose(call(tmp_path / "x", "image", *given), zimg, rtol=0, atol=1e-6)
+    given = patches(4, 20)
+    zimg, _, _ = embed(weights, image=Patches(*given))
+    np.testing.assert_allclose(call(tmp_path / "x", "image", *given), zimg, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("tower, name", [("img", "image"), ("txt", "text")])
@@ -174,7 +172,7 @@ def test_a_program_is_for_any_batch_on_the_platforms_named(folder, name):
     # No array of weights inside: as an argument it can be of any size, and replaced.
     assert (folder / f"{name}.stablehlo").stat().st_size < 100_000
     # float32 is float32 on every platform.
-    assert matmuls(program) and all("HIGHEST, HIGHEST" in line for line in matmuls(program))
+    assert matmuls(program) and all(x.count("HIGHEST") == 2 for x in matmuls(program))
 
 
 def test_bfloat16_is_of_matmuls_and_platforms_are_those_asked_for(weights, tmp_path):
@@ -194,9 +192,7 @@ def test_the_mlir_runs_without_jax_export(weights, batch, text, tmp_path):
 
     export(weights, tmp_path / "x", Options(batch=batch, text=text))
     device = jax.devices()[0]
-    for name, given, expected in zip(
-        ("image", "text"), inputs(batch), embed(weights, **dict(zip(("image", "text"), inputs(2))))
-    ):
+    for name, given in zip(("image", "text"), inputs(batch)):
         module = (tmp_path / "x" / f"{name}.mlir").read_bytes()
         assert module.startswith(b"ML\xefR") != text  # MLIR's bytecode
         assert b"custom_call" not in module
@@ -331,5 +327,7 @@ def test_the_program_says_how_equal_it_is(tmp_path, capsys):
     target = tmp_path / "exported"
     assert exporting.main([SOURCE, str(target), "--only", "txt", "--text"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^text: differs from the model by at most \d\.\de[-+]\d\d ", out)
+    assert re.search(
+        r"^text: read back, it differs from the model by at most \d\.\de[-+]\d\d\n", out
+    )
     assert "image" not in out and (target / "text.mlir").read_text().lstrip().startswith("#loc")

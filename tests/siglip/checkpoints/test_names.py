@@ -1,9 +1,9 @@
 """Which array is which elsewhere, held against the definitions of the layers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
-
-import dataclasses
 
 from siglip.checkpoints import names, random
 from siglip.checkpoints.leaf import of_array

@@ -13,7 +13,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from siglip.checkpoints import npz_file, safetensors_file
+from siglip.checkpoints import array_file, npz_file, safetensors_file
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.leaf import Leaf, of_array
 
@@ -95,7 +95,7 @@ def test_order_of_metadata_and_of_arrays_changes_no_byte(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "bfloat16"])
 def test_any_layout_in_memory_gives_the_same_file(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(safetensors_file, "PIECE", 7)
+    monkeypatch.setattr(array_file, "PIECE", 7)
     plain = np.arange(60).reshape(3, 4, 5).astype(np.dtype(dtype))
     wide = np.zeros((3, 8, 5), plain.dtype)
     wide[:, ::2] = plain

@@ -106,7 +106,7 @@ def test_the_tokenizer_travels_with_the_file(tmp_path):
         assert spec.with_tokenizer_beside(found, moved / name).tokenizer["path"] == copy
         assert len(list(moved.iterdir())) == 2
     block["path"] = "nowhere.model"
-    with pytest.raises(CheckpointError, match="nowhere.model is not there; pass --tokenizer"):
+    with pytest.raises(CheckpointError, match=r"nowhere\.model is not there; pass --tokenizer"):
         spec.with_tokenizer_beside(dataclasses.replace(TINY, tokenizer=block), tmp_path / "x")
 
 

@@ -1,0 +1,179 @@
+"""python -m siglip.checkpoints.convert: what it writes, says, and refuses."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny_models import TINY, arrays, tiny
+
+from siglip import checkpoints
+from siglip.checkpoints import big_vision, convert, npz_file, safetensors_file
+from siglip.checkpoints.leaf import of_array
+
+ROOT = pathlib.Path(convert.__file__).parents[2]
+
+
+@pytest.fixture
+def source(tmp_path):
+    checkpoints.write(tiny(), tmp_path / "source.npz", "big_vision")
+    return tmp_path / "source.npz"
+
+
+def run(capsys, *argv):
+    """(exit code, lines of stdout, lines of stderr)."""
+    try:
+        code = convert.main([str(x) for x in argv])
+    except SystemExit as stop:
+        code = stop.code
+    told = capsys.readouterr()
+    return code, told.out.splitlines(), told.err.splitlines()
+
+
+def test_it_writes_reads_again_and_reports_every_array(source, tmp_path, capsys):
+    code, out, err = run(capsys, source, tmp_path / "hf")
+    assert (code, err) == (0, [])
+    again = checkpoints.read(tmp_path / "hf")
+    assert arrays(again) == arrays(tiny()) and again.format == "huggingface"
+    count = len(again.leaves)
+    assert out[0].startswith("vision_model.embeddings.patch_embedding.weight  float32[32, 3, 16,")
+    assert "source.npz: params/img/embedding/kernel" in out[0]
+    assert sum("params/" in line for line in out) == count  # MAPHead's 6 are 2 there, by origin
+    total = again.parameters
+    assert f"{source} (big_vision): {total:,} parameters in {count} arrays" in out
+    assert out[-1].startswith(f"{tmp_path / 'hf'} (huggingface): written and read again, {count} ")
+
+
+def test_quiet_leaves_the_report_out(source, tmp_path, capsys):
+    code, out, _ = run(capsys, source, tmp_path / "hf", "--quiet")
+    assert code == 0 and len(out) == 2
+
+
+def test_the_ending_chooses_the_format_and_flags_change_the_model(source, tmp_path, capsys):
+    argv = [source, tmp_path / "b.npz", "--stacked", "--dtype", "bfloat16", "--res", "48"]
+    argv += ["--positions", "bicubic", "--token_len", "20", "--text_positions", "keep"]
+    assert run(capsys, *argv)[0] == 0
+    made = checkpoints.read(tmp_path / "b.npz")
+    assert made.format == "big_vision" and (made.spec.res, made.spec.token_len) == (48, 20)
+    assert {str(leaf.dtype) for leaf in made.leaves.values()} == {"bfloat16"}
+    with np.load(tmp_path / "b.npz") as there:
+        assert "params/img/Transformer/encoderblock/LayerNorm_0/scale" in there.files
+    assert run(capsys, source, tmp_path / "oc", "--format", "open_clip")[0] == 0
+    assert (tmp_path / "oc" / "open_clip_model.safetensors").exists()
+    assert run(capsys, source, tmp_path / "tower", "--only", "img")[0] == 0
+    config = json.loads((tmp_path / "tower" / "config.json").read_text())
+    assert config["architectures"] == ["SiglipVisionModel"]
+
+
+MISTAKES = {
+    "source": (["NONE.npz", "DST"], "NONE.npz: there is no such file or folder"),
+    "target": (["SRC", "SRC"], "source.npz is there already; choose another name, or delete it"),
+    "stacked": (["SRC", "DST", "--stacked"], "--stacked is for big_vision's .npz, not for hugg"),
+    "format": (["SRC", "DST", "--format", "tf"], "invalid choice: 'tf'"),
+    "method": (["SRC", "DST", "--res", "64", "--positions", "x"], "invalid choice: 'x'"),
+    "no method": (["SRC", "DST", "--res", "64"], "choose how its positions are resized: bilinear"),
+    "no size": (["SRC", "DST", "--res", "0"], "res=0 is smaller than a patch of 16 pixels"),
+    "no length": (["SRC", "DST", "--token_len", "0"], "token_len=0 is too short for a text"),
+    "number": (["SRC", "DST", "--res", "big"], "invalid int value: 'big'"),
+    "tokenizer": (["SRC", "DST", "--tokenizer", "N.model"], "N.model: there is no such file"),
+    "flag": (["SRC", "DST", "--dry"], "unrecognized arguments: --dry"),
+    "nothing": ([], "the following arguments are required: SRC, DST"),
+    "preset": (["random:siglip-b16-223", "DST"], "the nearest: siglip-b16-2"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(mistake, source, tmp_path, capsys):
+    argv, told = MISTAKES[mistake]
+    names = {"SRC": source, "DST": tmp_path / "dst", "NONE.npz": tmp_path / "NONE.npz"}
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(capsys, *[names.get(x, x) for x in argv])
+    assert (code, out, len(err)) == (2, [], 1), err
+    assert err[0].startswith("error: ") and told in err[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_models_that_only_this_project_has_are_one_line(tmp_path, capsys):
+    given = tiny(img={**TINY.img, "pool": "gap"}, txt={**TINY.txt, "bottleneck": 8})
+    checkpoints.write(given, tmp_path / "own.npz", "big_vision")
+    for format in ("huggingface", "open_clip"):
+        for more in ([], ["--dry_run"]):
+            argv = [tmp_path / "own.npz", tmp_path / "dst", "--format", format, *more]
+            code, out, err = run(capsys, *argv)
+            assert (code, out, len(err)) == (2, [], 1)
+            assert "write it as big_vision" in err[0]
+
+
+def test_a_dry_run_reports_and_writes_nothing(source, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(capsys, source, tmp_path / "hf", "--dry_run")
+    assert (code, err) == (0, []) and len(out) > 50
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("target", ["hf", "new.npz"])
+def test_an_interruption_leaves_nothing(target, source, tmp_path, capsys, monkeypatch):
+    real = safetensors_file.write_array
+    written = []
+
+    def stop(file, leaf):
+        if len(written) == 20:
+            raise KeyboardInterrupt
+        written.append(leaf)
+        real(file, leaf)
+
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(safetensors_file, "write_array", stop)
+    monkeypatch.setattr(npz_file, "write_array", stop)
+    code, _, err = run(capsys, source, tmp_path / target)
+    assert (code, err) == (85, ["interrupted; nothing was written"]) and len(written) == 20
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_interruption_of_the_comparison_says_what_is_there(
+    source, tmp_path, capsys, monkeypatch
+):
+    def stop(weights, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "verify", stop)
+    code, _, err = run(capsys, source, tmp_path / "hf")
+    assert code == 85 and len(err) == 1 and "hf is written but not compared" in err[0]
+
+
+@pytest.mark.parametrize("damage", ["value", "sign of zero", "type"])
+def test_what_was_not_written_as_it_was_is_found(damage, source, tmp_path, capsys, monkeypatch):
+    """One array of the target is another than the source's."""
+
+    def broken(weights, path, **options):
+        leaves, name = dict(weights.leaves), "txt/Encoder_0/encoder_norm/bias"
+        array = np.array(leaves[name].read())
+        if damage == "type":
+            array = array.astype(np.float64)
+        else:
+            array[3] = -0.0 if damage == "sign of zero" else array[3] + 1e-7
+        leaves[name] = of_array(array)
+        big_vision.write(dataclasses.replace(weights, leaves=leaves), path, **options)
+
+    if damage == "sign of zero":
+        leaves = dict(tiny().leaves)
+        zero = np.zeros(32, np.float32)
+        leaves["txt/Encoder_0/encoder_norm/bias"] = of_array(zero)
+        source = tmp_path / "zero.npz"
+        big_vision.write(dataclasses.replace(tiny(), leaves=leaves), source)
+    monkeypatch.setitem(checkpoints.FORMATS, "big_vision", broken)
+    code, _, err = run(capsys, source, tmp_path / "dst.npz", "--quiet")
+    assert code == 2 and len(err) == 1
+    assert "encoder_norm/bias is not in" in err[0] and "delete it" in err[0]
+
+
+def test_it_runs_as_a_module(source, tmp_path):
+    argv = [sys.executable, "-m", "siglip.checkpoints.convert"]
+    done = subprocess.run(
+        [*argv, source, tmp_path / "hf", "--quiet"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0 and "arrays equal to the bit" in done.stdout, done.stderr
