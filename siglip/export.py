@@ -3,8 +3,8 @@
 A folder holds, for each tower, the program (StableHLO, of a few hundred kilobytes) and its weights
 beside it (safetensors, float32, by the names of the released checkpoints), which are its first
 argument. As constants inside they would stop at 2 GB, the most that jax.export's flatbuffers take
-(the towers of L/16 and So400m are at or beyond it); and weights fine-tuned since run in the program
-as it is.
+(SigLIP 2's text towers from L/16 on and the image tower of g-opt have more); and weights
+fine-tuned since run in the program as it is.
 
 What it computes is what the Flax model does: every export is read back and compared before the
 folder appears. That runs on the CPU, and so does the tracing: on a GPU the towers would take

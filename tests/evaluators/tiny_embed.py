@@ -24,7 +24,8 @@ class Model:
         params = variables["params"]
         zimg = ztxt = None
         if image is not None:
-            zimg = _unit(image.reshape(len(image), -1).astype(jnp.float32) @ params["img"])
+            pixels = image.reshape(len(image), -1).astype(jnp.float32)
+            zimg = _unit(pixels @ params["img"] + 1)  # zeros embed to something else than zeros
         if text is not None:
             ztxt = _unit(params["table"][text].mean(axis=1))
         return zimg, ztxt, {}

@@ -160,7 +160,7 @@ def deserialized(folder, name):
 
 def matmuls(program):
     text = program.mlir_module()
-    return [x for x in text.splitlines() if re.search(r"dot_general|stablehlo.convolution", x)]
+    return [x for x in text.splitlines() if re.search(r"stablehlo\.(dot_general|convolution)\b", x)]
 
 
 @pytest.mark.parametrize("name", ["image", "text"])

@@ -19,7 +19,7 @@ class Hub:
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
 
     def download(self, repo, *, allow_patterns, local_files_only=False, **options):
-        assert not any("bin" in pattern or "*" == pattern for pattern in allow_patterns)
+        assert not any("bin" in pattern or pattern == "*" for pattern in allow_patterns)
         self.calls.append((repo, local_files_only))
         found = self.cache if local_files_only else self.online
         if found is None:

@@ -1,4 +1,4 @@
-"""Folders of transformers as others write them, and what is refused of them. Torch is not needed."""
+"""Folders of transformers as others write them, and what is refused of them. Without PyTorch."""
 
 import dataclasses
 import io
@@ -234,8 +234,8 @@ def transformers():
 
 TEXTS = (
     "", "a", "A Cat Sat On A Mat", "a cat sat on a mat " * 9, "HELLO", "été à la plage",
-    "кошка на окне", "猫が座っている", "قطة", "🐈‍⬛ and 🇺🇳", "x" * 15, "x" * 16, "x" * 17, "  two  spaces ",
-    "tab\tand\nline",
+    "кошка на окне", "猫が座っている", "قطة", "🐈‍⬛ and 🇺🇳", "x" * 15, "x" * 16, "x" * 17,
+    "  two  spaces ", "tab\tand\nline",
 )  # fmt: skip
 PUNCTUATION = ("what's that? a cat!", "(1, 2), a_b; c-d", "...")
 
