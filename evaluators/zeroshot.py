@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from evaluators.embed import Embedder, Tokens, eval_image, tokenize
-from input_pipeline.prompts import class_prompts, resolve_classnames, resolve_templates
 from evaluators.ranks import Ranker
 from input_pipeline.errors import UserError
+from input_pipeline.prompts import class_prompts, resolve_classnames, resolve_templates
 
 
 class Evaluator:
