@@ -8,6 +8,7 @@ import types
 
 import numpy as np
 import pytest
+import tokenizers as hf
 from tiny_models import TINY, arrays, files, one_line, tiny
 
 from input_pipeline import tokenizers
@@ -241,8 +242,6 @@ PUNCTUATION = ("what's that? a cat!", "(1, 2), a_b; c-d", "...")
 
 
 def save_json(path):
-    import tokenizers as hf
-
     vocab = {c: i for i, c in enumerate(["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrst", " "])}
     made = hf.Tokenizer(hf.models.BPE(vocab, [], unk_token="<unk>"))
     made.save(str(path))
@@ -310,6 +309,9 @@ def test_auto_tokenizer_gives_our_tokens(kind, pad_id, tmp_path, transformers):
     many = theirs(list(TEXTS), padding="max_length", truncation=True)["input_ids"]
     assert many == [preprocess.text(caption).tolist() for caption in TEXTS]
     assert preprocess.text(TEXTS[3])[-1] == 1
+    if not stripped:  # the file alone pads and cuts too
+        alone = hf.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+        assert [alone.encode(caption).ids for caption in TEXTS] == many
 
 
 def test_a_text_program_that_transformers_has_not_is_said(tmp_path):
