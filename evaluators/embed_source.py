@@ -18,12 +18,11 @@ import numpy as np
 from jaxtyping import Array
 
 from evaluators.embedding_store import Store, Writer
-from evaluators.neighbours import local_mesh
 from input_pipeline import device, loader
 from input_pipeline.bad import Bad
 from input_pipeline.embeddings import KINDS
 from input_pipeline.errors import BadExample, UserError
-from siglip.sharding import batch_sharding, replicated
+from siglip.sharding import batch_sharding, local_mesh, replicated
 from siglip.vit import images_of
 
 SHARD_ROWS = 16384  # 75 MB of images at d = 1152

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from input_pipeline import device
 from input_pipeline.errors import UserError
-from siglip.sharding import AXES, replicated
+from siglip.sharding import local_mesh, replicated
 
 QUERIES = 1024  # at a time
 _ELEMENTS = 2**25  # similarities in memory at a time, over all devices: 128 MB
@@ -63,14 +63,6 @@ def nearest(
     scores, chunks, places = (np.concatenate(parts) for parts in zip(*jax.device_get(best)))
     rows = chunks.astype(np.int64) * chunk + places  # int32 ends at 2 billion rows
     return Neighbours(scores[: len(queries)], rows[: len(queries)])
-
-
-def local_mesh() -> Mesh:
-    """All devices of this process, and no other's: what runs on it waits for nobody."""
-    devices = jax.local_devices()
-    return jax.make_mesh(
-        (len(devices), 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
 
 
 @functools.lru_cache(maxsize=8)

@@ -46,6 +46,16 @@ def parse(
     return [_step(step, functions, key) for step in [node, *reversed(steps)]]
 
 
+def written(steps: list[tuple[str, Callable]]) -> str:
+    """What parse would make these steps of: "decode | resize(method='area')"."""
+
+    def step(name: str, function: Any) -> str:
+        options = ", ".join(f"{k}={v!r}" for k, v in sorted(function.keywords.items()))
+        return f"{name}({options})" if options else name
+
+    return " | ".join(step(name, function) for name, function in steps)
+
+
 def _step(node: ast.expr, functions: Mapping[str, Callable], key: str) -> tuple[str, Callable]:
     call = node if isinstance(node, ast.Call) else None
     name = call.func if call else node

@@ -107,6 +107,14 @@ class Preprocess:
         return np.ascontiguousarray(made) if isinstance(made, np.ndarray) else made
 
     @property
+    def image_program(self) -> str:
+        return program.written(self._image)
+
+    @property
+    def text_program(self) -> str:
+        return program.written(self._text)
+
+    @property
     def truncated(self) -> int:
         """Texts so far that were longer than token_len, and lost their end."""
         return self._to.cut

@@ -157,18 +157,8 @@ def embed(made: Spec, name: str, dtype: str) -> Callable[..., Array]:
     return apply
 
 
-def for_any_batch(made: Spec, name: str, dtype: str) -> Callable[..., Array]:
-    """The same for a batch whose size is not known: the image tower asks for its len(), which a
-    symbolic dimension does not have. So it sees one example, and vmap the batch."""
-    apply = embed(made, name, dtype)
-
-    def one(arrays: dict[str, Array], *inputs: Array) -> Array:
-        return apply(arrays, *(x[None] for x in inputs))[0]
-
-    def batched(arrays: dict[str, Array], *inputs: Array) -> Array:
-        return jax.vmap(one, in_axes=(None,) + (0,) * len(inputs))(arrays, *inputs)
-
-    return batched
+def exported_program(made: Spec, name: str, dtype: str) -> Callable[..., Array]:
+    return jax.jit(embed(made, name, dtype))
 
 
 def inputs_of(made: Spec, name: str, pixels: str, n: Any, l: Any) -> list[jax.ShapeDtypeStruct]:
@@ -205,10 +195,10 @@ def write_tower(weights: Weights, name: str, folder: pathlib.Path, options: Opti
     any_size = inputs_of(made, name, options.pixels, *jax_export.symbolic_shape("n, l"))
     fixed_size = inputs_of(made, name, options.pixels, options.batch, positions_of(made))
     with precision(options.dtype):
-        program = jax.jit(for_any_batch(made, name, options.dtype))
+        program = exported_program(made, name, options.dtype)
         exported = jax_export.export(program, platforms=options.platforms)(arrays, *any_size)
         # For several platforms, or any size, main() has arguments and calls that are jax's own.
-        program = jax.jit(embed(made, name, options.dtype))
+        program = exported_program(made, name, options.dtype)
         plain = jax_export.export(program, platforms=["cpu"])(arrays, *fixed_size)
     (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
     if options.text:

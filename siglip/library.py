@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 from PIL import Image, ImageOps
 
@@ -27,7 +27,7 @@ from siglip.checkpoints import adapt
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.spec import Spec, check_contract
 from siglip.checkpoints.weights import Weights
-from siglip.sharding import AXES, batch_sharding, replicated
+from siglip.sharding import batch_sharding, local_mesh, replicated
 from siglip.two_towers import TwoTowers
 from siglip.vit import images_of
 
@@ -101,14 +101,11 @@ def load(
         weights = adapt.to_token_len(weights, token_len, text_positions)
     spec = weights.spec
     preprocess, has_tokenizer = _preprocess(weights, tokenizer, image or spec.image)
-    devices = jax.local_devices()
-    shape = (len(devices), 1)
-    mesh = jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
-    everywhere = replicated(mesh)
+    mesh = local_mesh()
     params: dict[str, Any] = {"t": np.zeros(1, np.float32)}
     if spec.bias:
         params["b"] = np.zeros(1, np.float32)
-    params = jax.device_put(params | weights.tree(), everywhere)
+    params = jax.device_put(params | weights.tree(), replicated(mesh))
     return Model(
         name=str(source),
         spec=spec,
@@ -178,6 +175,7 @@ class Model:
       module, params: the Flax module and its parameters, for your own jitted code.
       preprocess: input_pipeline's Preprocess.
       mesh: over the local devices.
+      has_tokenizer: whether it can embed texts, where it has a tower for them.
       truncated: texts so far that were longer than the model takes, and lost their end.
     """
 
@@ -196,7 +194,7 @@ class Model:
     ):
         self.name, self.spec, self.module, self.params = name, spec, module, params
         self.preprocess, self.mesh = preprocess, mesh
-        self._batch_size, self._progress, self._has_tokenizer = batch_size, progress, has_tokenizer
+        self._batch_size, self._progress, self.has_tokenizer = batch_size, progress, has_tokenizer
 
         def embed(params, batch: dict[str, Any]):
             image = images_of(batch) if "image" in batch else None
@@ -256,7 +254,7 @@ class Model:
         """
         if self.spec.txt is None:
             raise ValueError(f"{self.name} holds no text tower")
-        if not self._has_tokenizer:
+        if not self.has_tokenizer:
             preset = presets.PRESETS.get(self.spec.preset)
             which = f"the {preset.tokenizer} model of {preset.huggingface}, " if preset else ""
             raise ValueError(

@@ -29,6 +29,13 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def local_mesh() -> Mesh:
+    """All devices of this process, and no other's: what runs on it waits for nobody."""
+    devices = jax.local_devices()
+    axis_types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh((len(devices), 1), AXES, axis_types=axis_types, devices=devices)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -80,7 +80,7 @@ class ViT(nn.Module):
             x = self._keep_some(x, rows)
         if self.pool == "tok":  # without a position of its own: it is not a place in the image
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
-            x = jnp.concatenate([jnp.tile(cls, (len(x), 1, 1)), x], axis=1)
+            x = jnp.concatenate([jnp.tile(cls, (x.shape[0], 1, 1)), x], axis=1)
 
         x = Encoder(
             self.depth,
@@ -113,7 +113,7 @@ class ViT(nn.Module):
         x = nn.Conv(
             self.width, (p, p), strides=(p, p), padding="VALID", dtype=self.dtype, name="embedding"
         )(image)
-        x = x.reshape(len(x), -1, self.width)
+        x = x.reshape(x.shape[0], -1, self.width)  # len() has no symbols, see export.py
         init = nn.initializers.normal(self.width**-0.5)
         return x + self.param("pos_embedding", init, (1, x.shape[1], self.width))
 

@@ -153,7 +153,7 @@ def load_model(name: str, options: list[str], what: tuple[str, ...] = KINDS) -> 
         # The towers that it lacks have stand-ins, and so has its tokenizer: ask for its own errors.
         if "image" in what and model.spec.img is None:
             model.encode_image(b"")
-        if "text" in what and (model.spec.txt is None or not model._has_tokenizer):
+        if "text" in what and (model.spec.txt is None or not model.has_tokenizer):
             model.encode_text("")
         return model
     except ValueError as error:  # CheckpointError is one
@@ -168,8 +168,8 @@ def described(preprocess: Any) -> dict[str, Any]:
     tokenizer = preprocess.tokenizer
     tokens = b"".join(preprocess.text(text).tobytes() for text in PROBES)
     return {
-        "image": _program(preprocess._image),
-        "text": _program(preprocess._text),
+        "image": preprocess.image_program,
+        "text": preprocess.text_program,
         "res": preprocess.res,
         "token_len": preprocess.token_len,
         "tokenizer": {
@@ -179,16 +179,6 @@ def described(preprocess: Any) -> dict[str, Any]:
             "tokens_sha256": hashlib.sha256(tokens).hexdigest(),
         },
     }
-
-
-def _program(steps: list[tuple[str, Any]]) -> str:
-    """'decode | resize(method=\\'area\\')', as it could be written in a config."""
-
-    def step(name: str, function: Any) -> str:
-        options = ", ".join(f"{k}={v!r}" for k, v in sorted(function.keywords.items()))
-        return f"{name}({options})" if options else name
-
-    return " | ".join(step(name, function) for name, function in steps)
 
 
 class Row:

@@ -3,7 +3,7 @@
 import pytest
 
 from input_pipeline.errors import UserError
-from input_pipeline.program import parse
+from input_pipeline.program import parse, written
 
 
 def scale(x, *, by: float = 2.0, name: str = "a|b"):
@@ -34,6 +34,12 @@ def run(program, x):
 )
 def test_steps_are_taken_from_left_to_right(program):
     assert run(program, 1) == 50
+
+
+def test_steps_can_be_written_again():
+    text = written(parse("shift(3) | scale(name='b') | scale", STEPS, "k"))
+    assert text == "shift(by=3) | scale(name='b') | scale"
+    assert written(parse(text, STEPS, "k")) == text
 
 
 def test_nothing_is_no_step():

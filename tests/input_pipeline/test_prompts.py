@@ -2,8 +2,8 @@ import collections
 
 import pytest
 
-from input_pipeline.prompts import CLASSNAMES, class_prompts, resolve_classnames, resolve_templates
 from input_pipeline.errors import UserError
+from input_pipeline.prompts import CLASSNAMES, class_prompts, resolve_classnames, resolve_templates
 
 
 def test_imagenet_names_are_the_1000_of_clip():

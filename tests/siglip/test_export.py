@@ -222,23 +222,23 @@ def damaged_array(monkeypatch):
 
 
 def other_program(monkeypatch):
-    right = exporting.for_any_batch
+    right = exporting.exported_program
 
     def wrong(*arguments):
         program = right(*arguments)
-        return lambda arrays, *inputs: program(arrays, *inputs) * (1 + 1e-5)
+        return jax.jit(lambda arrays, *inputs: program(arrays, *inputs) * (1 + 1e-5))
 
-    monkeypatch.setattr(exporting, "for_any_batch", wrong)
+    monkeypatch.setattr(exporting, "exported_program", wrong)
 
 
 def no_number(monkeypatch):
-    right = exporting.for_any_batch
+    right = exporting.exported_program
 
     def wrong(*arguments):
         program = right(*arguments)
-        return lambda arrays, *inputs: program(arrays, *inputs) * np.float32("nan")
+        return jax.jit(lambda arrays, *inputs: program(arrays, *inputs) * np.float32("nan"))
 
-    monkeypatch.setattr(exporting, "for_any_batch", wrong)
+    monkeypatch.setattr(exporting, "exported_program", wrong)
 
 
 @pytest.mark.parametrize("damage", [damaged_array, other_program, no_number])
@@ -250,13 +250,18 @@ def test_what_is_not_equal_to_the_model_is_not_left_there(weights, damage, monke
 
 
 def test_a_larger_batch_is_compared_too(weights, monkeypatch, tmp_path):
-    right = exporting.for_any_batch
+    right = exporting.exported_program
 
     def wrong(*arguments):  # every row is the first one's
         program = right(*arguments)
-        return lambda arrays, *inputs: program(arrays, *inputs)[:1] + 0 * program(arrays, *inputs)
 
-    monkeypatch.setattr(exporting, "for_any_batch", wrong)
+        def first(arrays, *inputs):
+            z = program(arrays, *inputs)
+            return z[:1] + 0 * z
+
+        return jax.jit(first)
+
+    monkeypatch.setattr(exporting, "exported_program", wrong)
     with pytest.raises(CheckpointError, match="differs from the model"):
         export(weights.only("txt"), tmp_path / "x", Options())
 

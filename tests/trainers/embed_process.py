@@ -11,11 +11,11 @@ import numpy as np
 
 import siglip
 from evaluators import embedding_store
-from evaluators.neighbours import local_mesh
 from input_pipeline import tokenizers
 from input_pipeline.transforms import make_preprocess
 from siglip.checkpoints.spec import Spec
 from siglip.library import Model
+from siglip.sharding import local_mesh
 from siglip.two_towers import make_model
 
 RES, TOKEN_LEN = 16, 8
