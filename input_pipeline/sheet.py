@@ -46,7 +46,12 @@ def draw(cells: list[tuple[np.ndarray, str, str]]) -> Image.Image:
 
 
 def pixels(batch: dict[str, np.ndarray], i: int) -> np.ndarray:
-    """The image of a row; patches are put together again. Black for a bad example."""
+    """The image of a row; patches are put together again, and an embedding is a strip of grays, its
+    largest number white. Black for a bad example."""
+    if "image_shape" not in batch and batch["image"].ndim == 2:
+        strip = np.abs(batch["image"][i])
+        gray = (255 * strip / max(strip.max(), 1e-12)).astype(np.uint8)
+        return np.repeat(np.repeat(gray[None, :, None], len(gray) // 4 + 1, axis=0), 3, axis=-1)
     if "image_shape" not in batch:
         return batch["image"][i]
     rows, columns = batch["image_shape"][i]

@@ -108,3 +108,12 @@ def test_mistakes_are_one_line(config, capsys, flag, told):
     assert run(config, flag) == 2
     err = capsys.readouterr().err
     assert told in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_an_embedding_is_a_strip_of_grays():
+    batch = {"image": np.array([[0, -1, 0.5, 0], [0, 0, 0, 0]], np.float32)}
+    strip = sheet.pixels(batch, 0)
+    assert strip.dtype == np.uint8 and strip.shape == (2, 4, 3)
+    assert strip[0, :, 0].tolist() == [0, 255, 127, 0]
+    assert not sheet.pixels(batch, 1).any()
+    sheet.draw([(strip, "", "")])
