@@ -58,12 +58,18 @@ def fine_tuning(
     tokenizer_file: str,
     batch_size: int,
     total: str,
+    res: int,
     small: bool,
 ) -> ConfigDict:
     """What all recipes on pairs have in common; see configs/pairs.py for the data."""
     if not (init and path):
         raise ValueError("pass init=WEIGHTS and path=PAIRS: --config configs/...:init=...,path=...")
     known = settings(model)
+    if res and res != known["res"]:
+        known["res"] = res
+        positions = "bilinear-corners"  # as big_vision resizes them
+    else:
+        positions = None
     if small:  # the towers of random:NAME:small
         patch = known["img"]["variant"].partition("/")[2]
         known["img"] = {**known["img"], "variant": f"mu/{patch}"}
@@ -71,6 +77,7 @@ def fine_tuning(
     config = ConfigDict()
     config.total = total
     config.init = init
+    config.init_positions = positions
     config.model = ConfigDict({"img": known["img"], "txt": known["txt"]})
     if not small:
         config.model.dtype = "bfloat16"

@@ -5,7 +5,8 @@ init=weights/siglip2-b16-256,data_dir=/data/tfds --workdir runs/judged
 
 `data_dir` holds imagenet2012 and coco_captions prepared by TFDS as ArrayRecord; `what` chooses one.
 Or one's own: path=pairs.jsonl,images=photos.zip measures retrieval on its split val (all of it for
-.tar, .parquet and .array_record files). `init`, `tokenizer`, `small`: see configs/finetune.py.
+.tar, .parquet and .array_record files). `init`, `tokenizer`, `res` and `small` are as in
+configs/finetune.py.
 """
 
 from ml_collections import ConfigDict
@@ -22,13 +23,14 @@ def get_config(
     images: str = "",
     tokenizer: str = "",
     batch_size: int = 256,
+    res: int = 0,
     small: bool = False,
 ) -> ConfigDict:
     if not (init and (data_dir or path)):
         raise ValueError("pass init=WEIGHTS and data_dir=FOLDER (or path=PAIRS)")
     # The data it would train on are those that it is evaluated on: --eval_only never looks.
     config = _released.fine_tuning(
-        model, init, path or data_dir, images, "", tokenizer, batch_size, "1 steps", small
+        model, init, path or data_dir, images, "", tokenizer, batch_size, "1 steps", res, small
     )
     tfds = {"name": "tfds", "data_dir": data_dir}
     known = {

@@ -5,8 +5,10 @@ path=pairs.jsonl,images=photos.zip,val_path=pairs.jsonl --workdir runs/mine
 
 `init`: whatever siglip.load reads: a folder of Hugging Face or open_clip, an .npz (then also pass
 tokenizer=FILE), a workdir. `path`, `images`: see configs/pairs.py; `val_path`: pairs of their own,
-or the same table (its split val). `small` is for towers of random:NAME:small, to try it out.
-A tenth of the learning rate from scratch, no weight decay: nothing of this was tuned here.
+or the same table (its split val). `res`: another image size, to which positions are resized.
+`small` is for towers of random:NAME:small, to try it out.
+A hundredth of the learning rate from scratch and no weight decay, as in the paper's continuation
+at higher resolutions (4.6): nothing of this was tuned here.
 """
 
 from ml_collections import ConfigDict
@@ -23,10 +25,11 @@ def get_config(
     tokenizer: str = "",
     batch_size: int = 1024,
     total: str = "5 epochs",
+    res: int = 0,
     small: bool = False,
 ) -> ConfigDict:
     config = _released.fine_tuning(
-        model, init, path, images, val_path, tokenizer, batch_size, total, small
+        model, init, path, images, val_path, tokenizer, batch_size, total, res, small
     )
     config.lr = 1e-5
     config.wd = 0.0

@@ -25,10 +25,11 @@ def get_config(
     batch_size: int = 16_384,
     total: str = "900e6 examples",
     token_len: int = 16,
+    res: int = 0,
     small: bool = False,
 ) -> ConfigDict:
     config = _released.fine_tuning(
-        model, init, path, images, val_path, tokenizer, batch_size, total, small
+        model, init, path, images, val_path, tokenizer, batch_size, total, res, small
     )
     config.init_only = ("img",)
     config.frozen = (("img/.*", True), ("else", False))

@@ -23,10 +23,11 @@ def get_config(
     tokenizer: str = "",
     batch_size: int = 16_384,
     total: str = "900e6 examples",
+    res: int = 0,
     small: bool = False,
 ) -> ConfigDict:
     config = _released.fine_tuning(
-        model, init, path, images, val_path, tokenizer, batch_size, total, small
+        model, init, path, images, val_path, tokenizer, batch_size, total, res, small
     )
     config.init_only = ("txt", "t", "b")
     config.frozen = (("txt/.*", True), ("else", False))

@@ -25,10 +25,11 @@ def get_config(
     total: str = "5 epochs",
     token_len: int = 256,
     positions: str = "keep",
+    res: int = 0,
     small: bool = False,
 ) -> ConfigDict:
     config = _released.fine_tuning(
-        model, init, path, images, val_path, tokenizer, batch_size, total, small
+        model, init, path, images, val_path, tokenizer, batch_size, total, res, small
     )
     config.init_text_positions = positions
     config.input.token_len = token_len

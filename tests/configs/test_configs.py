@@ -13,10 +13,14 @@ import pytest
 import tensorflow_datasets as tfds
 
 import main as program
+from configs import _released
 from input_pipeline import SOURCES
+from siglip import presets
+from siglip.checkpoints import spec
 from siglip.two_towers import make_model
 from trainers import config as configs
 from trainers import setup
+from trainers.rules import match_rules, path_names
 
 FOLDER = pathlib.Path(program.__file__).parent / "configs"
 FILES = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
@@ -29,7 +33,13 @@ ARGUMENTS = {
         ("siglip_b16", "clip_b16", "msiglip_b16"),
         "dataset=my_pairs,data_dir=folder,tokenizer=pieces.model",
     ),
+    **dict.fromkeys(
+        ("finetune", "unlocked", "lit", "locked_text", "longer_text", "evaluate"),
+        "init=weights,path=pairs.jsonl,tokenizer=pieces.model",
+    ),
+    "siglit": "path=embedded",
 }
+RECIPES = ("finetune", "unlocked", "lit", "locked_text", "longer_text")
 
 
 def load(name: str, arguments: str = ""):
@@ -58,15 +68,18 @@ def test_every_config_loads_and_builds_its_model(name):
     blocks = setup.without(config.model)
     blocks["txt"]["vocab_size"] = blocks["txt"]["vocab_size"] or 260
     size = config.input.res
-    inputs = np.zeros((1, size, size, 3), np.uint8), np.zeros((1, config.input.token_len), np.int32)
+    image = np.zeros((1, size, size, 3), np.uint8)
+    if config.input.image == "embedding":
+        image = np.zeros((1, config.model.img.width), np.float32)
+    inputs = image, np.zeros((1, config.input.token_len), np.int32)
     model = make_model(**blocks)
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-    assert set(params) >= {"img", "txt", "t"}
+    assert set(params) >= {"txt", "t"} and ("img" in params) == (name != "siglit")
     plan = setup.make_plan(config, 10_000)
     assert plan.total > 0 and plan.save_every and set(plan.evals) == set(config.evals)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [name for name in FILES if name != "siglit"])  # no pixels there
 def test_every_config_takes_batch_size_and_res(name):
     given = ",".join(filter(None, (ARGUMENTS.get(name), "batch_size=8,res=32")))
     config = load(name, given)
@@ -129,6 +142,46 @@ def test_the_multilingual_run_differs_in_vocabulary_and_length():
         "model.txt.bottleneck": (None, 96),
         "total": ("9e9 examples", "30e9 examples"),
     }
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_the_settings_of_released_models_in_configs_are_those_of_the_table(name):
+    preset, here = presets.PRESETS[name], _released.settings(name)
+    wanted = spec.of_preset(preset)
+    assert here["img"] == wanted.img and here["txt"]["variant"] == wanted.txt["variant"]
+    assert (here["token_len"], here["image"], here["text"]) == (
+        wanted.token_len,
+        wanted.image,
+        wanted.text,
+    )
+    assert here["res"] == preset.res
+
+
+def abstract_params(config):
+    blocks = setup.without(config.model)
+    blocks["txt"]["vocab_size"], size = 32, config.input.res
+    inputs = np.zeros((1, size, size, 3), np.uint8), np.zeros((1, config.input.token_len), np.int32)
+    return jax.eval_shape(make_model(**blocks).init, jax.random.key(0), *inputs)["params"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_a_recipe_learns_from_where_and_how(name):
+    """lr and wd multipliers, frozen towers and init_only of every parameter."""
+    config = load(name)
+    names = path_names(abstract_params(config))
+    tower = {n: n.split("/")[0] for n in names}
+    frozen = match_rules(config.frozen, names, key="frozen")
+    lr_mults = match_rules(config.lr_mults, names, key="lr_mults")
+    wd_mults = match_rules(config.wd_mults, names, key="wd_mults")
+    locked = {"lit": "img", "locked_text": "txt", "longer_text": "img"}.get(name)
+    kept = {"unlocked": ("img",), "lit": ("img",), "locked_text": ("txt", "t", "b")}.get(name, ())
+    assert config.init_only == kept
+    for n in names:
+        assert frozen[n] == (tower[n] == locked), n
+        assert lr_mults[n] == (0.1 if name == "unlocked" and tower[n] == "img" else 1.0), n
+        decays = n.endswith("/kernel") and not (name == "unlocked" and tower[n] == "img")
+        assert wd_mults[n] == (1.0 if decays else 0.0), n
+    assert (config.wd > 0) == (name in ("unlocked", "lit", "locked_text"))
 
 
 # The reference run, shrunk, on data sets as TFDS prepares them.
