@@ -157,7 +157,7 @@ def embed(made: Spec, name: str, dtype: str) -> Callable[..., Array]:
     return apply
 
 
-def exported_program(made: Spec, name: str, dtype: str) -> Callable[..., Array]:
+def exported_program(made: Spec, name: str, dtype: str) -> jax.stages.Wrapped:
     return jax.jit(embed(made, name, dtype))
 
 

@@ -6,6 +6,7 @@ import shutil
 from typing import Any
 
 from siglip.checkpoints.errors import CheckpointError
+from siglip.checkpoints.sentencepiece_json import read_model, to_tokenizer
 from siglip.checkpoints.spec import Spec
 
 # In the order in which they are believed: a SentencePiece model is what Google released.
@@ -36,8 +37,13 @@ def write(made: Spec, folder: pathlib.Path) -> list[str]:
             _write_json(_bytes(), made, folder, lower=lower)
         case "huggingface":
             _write_json(_load(tokenizer["path"]), made, folder, lower=lower)
-        case "sentencepiece":
+        case "sentencepiece" if read_model(tokenizer["path"]).normalizer_spec.add_dummy_prefix:
             notes = _write_sentencepiece(tokenizer["path"], made, folder, lower=lower)
+        case "sentencepiece":
+            same = to_tokenizer(tokenizer["path"])
+            if same is None:
+                return ["no tokenizer was written: transformers has none that gives the same ids"]
+            _write_json(same, made, folder, lower=lower)
         case name:
             return [f"no tokenizer was written: Hugging Face has none like {name!r}"]
     if set(steps[:-1]) - {"lower"} or "eos=" in steps[-1].replace(" ", ""):

@@ -314,7 +314,8 @@ def _write(weights: Weights, folder: pathlib.Path) -> tuple[str, ...]:
     if made.txt:
         notes += hf_tokenizer.write(made, folder)
     if made.tokenizer and "path" in made.tokenizer and (found := hf_tokenizer.find(folder)):
-        made = dataclasses.replace(made, tokenizer={**made.tokenizer, "path": found["path"]})
+        same = found["name"] == made.tokenizer["name"]
+        made = dataclasses.replace(made, tokenizer={**(made.tokenizer if same else {}), **found})
     spec.save(spec.with_tokenizer_beside(made, folder / spec.FILE), folder / spec.FILE)
     return tuple(notes)
 

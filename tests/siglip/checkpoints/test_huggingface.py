@@ -11,10 +11,16 @@ import pytest
 import tokenizers as hf
 from tiny_models import TINY, arrays, files, one_line, tiny
 
-from input_pipeline import tokenizers
+from input_pipeline import TOKENIZERS, tokenizers
 from input_pipeline.transforms import make_preprocess
 from siglip import checkpoints
-from siglip.checkpoints import CheckpointError, huggingface, safetensors_file, spec
+from siglip.checkpoints import (
+    CheckpointError,
+    huggingface,
+    safetensors_file,
+    sentencepiece_json,
+    spec,
+)
 from siglip.checkpoints.leaf import Leaf, of_array
 from siglip.presets import PRESETS
 
@@ -265,11 +271,37 @@ def save_sentencepiece(path):
     path.write_bytes(model.getvalue())
 
 
+def save_gemma_like(path):
+    """Merges, bytes for what is unknown, no space before a text: as SigLIP 2's tokenizer."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a cat sat on a mat!", "what's that? (a dog), a_b; c-d ..."] * 20),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=320,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+    )
+    path.write_bytes(model.getvalue())
+
+
 KINDS = {
     "bytes": (None, tokenizers.Bytes),
     "huggingface": (save_json, tokenizers.HuggingFace),
     "sentencepiece": (save_sentencepiece, tokenizers.SentencePiece),
+    "gemma": (save_gemma_like, tokenizers.SentencePiece),
 }
+FILES = {"huggingface": "tokenizer.json", "sentencepiece": "a.model", "gemma": "a.model"}
 
 
 def with_tokenizer(kind, folder, **changes):
@@ -277,14 +309,14 @@ def with_tokenizer(kind, folder, **changes):
     save, make = KINDS[kind]
     block = {}
     if save:
-        path = folder / {"huggingface": "tokenizer.json", "sentencepiece": "a.model"}[kind]
+        path = folder / FILES[kind]
         save(path)
         block = {"path": str(path)}
     tokenizer = make(**block)
     changes = {
         "vocab_size": tokenizer.vocab_size,
         "txt": {**TINY.txt, "vocab_size": tokenizer.vocab_size},
-        "tokenizer": {"name": kind, **block},
+        "tokenizer": {"name": "sentencepiece" if kind == "gemma" else kind, **block},
         **changes,
     }
     return tiny(**changes), tokenizer
@@ -312,6 +344,27 @@ def test_auto_tokenizer_gives_our_tokens(kind, pad_id, tmp_path, transformers):
     if not stripped:  # the file alone pads and cuts too
         alone = hf.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
         assert [alone.encode(caption).ids for caption in TEXTS] == many
+
+
+def test_a_sentencepiece_model_that_no_tokenizer_of_transformers_equals_is_not_written(
+    tmp_path, monkeypatch
+):
+    given, _ = with_tokenizer("gemma", tmp_path, pad_id=0)
+    monkeypatch.setattr(sentencepiece_json, "_merges", lambda *unused: [])
+    (note,) = checkpoints.write(given, tmp_path / "hf", "huggingface")[-1:]
+    assert note.startswith("no tokenizer was written")
+    assert not (tmp_path / "hf" / "tokenizer.json").exists()
+
+
+def test_the_tokenizer_of_a_folder_is_read_back_as_it_was_written(tmp_path):
+    for kind in KINDS:
+        (tmp_path / kind).mkdir()
+        given, ours = with_tokenizer(kind, tmp_path / kind, pad_id=1)
+        checkpoints.write(given, tmp_path / kind / "hf", "huggingface")
+        block = dict(checkpoints.read(tmp_path / kind / "hf").spec.tokenizer)
+        again = TOKENIZERS[block.pop("name")](**block)
+        for text in TEXTS:
+            assert again.encode(text.lower()) == ours.encode(text.lower()), (kind, text)
 
 
 def test_a_text_program_that_transformers_has_not_is_said(tmp_path):
