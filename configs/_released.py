@@ -3,6 +3,7 @@
 siglip/presets.py is the whole table; a test holds the two equal.
 """
 
+import json
 import os
 import re
 
@@ -12,6 +13,7 @@ from configs import _source
 
 # How people and files write the sizes -> ours.
 _SIZES = {"b": "B", "l": "L", "so400m": "So400m", "g-opt": "g-opt"}
+SPEC = "siglip.json"
 TOKENIZERS = ("spiece.model", "tokenizer.model", "tokenizer.json")
 
 
@@ -23,12 +25,17 @@ def settings(model: str) -> dict:
             f"model={model!r} is no released model; write it as siglip-b16-224, "
             "siglip2-so400m14-384 or siglip2-b16-naflex"
         )
-    generation, size, patch, res, _ = found.groups()
+    generation, size, patch, res, languages = found.groups()
     variant, second, naflex = _SIZES[size], generation == "siglip2", res == "naflex"
     image = "hf-naflex" if naflex else "hf-siglip2" if second else "hf-siglip"
+    txt = {"variant": "So400m" if size == "g-opt" else variant}
+    if languages:
+        txt["vocab_size"] = 250_000  # rows of the table; mc4's tokenizer has 100 ids more
+    if languages and size == "so400m":
+        txt["out_dim"] = 0
     return {
         "img": {"variant": f"{variant}/{patch}"} | ({"naflex_grid": 16} if naflex else {}),
-        "txt": {"variant": "So400m" if size == "g-opt" else variant},
+        "txt": txt,
         "res": 256 if naflex else int(res),
         "token_len": 16 if model == "siglip-so400m14-224" else 64,
         "image": image,
@@ -37,16 +44,36 @@ def settings(model: str) -> dict:
 
 
 def tokenizer(file: str, init: str) -> dict:
-    """The block of a .model or .json file; by default that in the folder of the weights."""
+    """The block of a .model or .json file; by default that which came with the weights."""
     if not file:
-        found = [p for name in TOKENIZERS if os.path.isfile(p := os.path.join(init, name))]
-        if not found:
-            raise ValueError(
-                f"init={init!r} is no folder with {', '.join(TOKENIZERS)}: pass tokenizer=FILE"
-            )
-        file = found[0]
+        return _tokenizer_of(init)
+    return _block(file)
+
+
+def _block(file: str) -> dict:
     name = "huggingface" if file.endswith(".json") else "sentencepiece"
     return {"name": name, "path": file}
+
+
+def _tokenizer_of(init: str) -> dict:
+    """What siglip.json says, which lies in a folder, a workdir (two above a step) or beside an
+    .npz; else a tokenizer's file in the folder."""
+    stem = init.removesuffix(".npz")
+    step = os.path.join(init, os.pardir, os.pardir)
+    for path in (f"{stem}.{SPEC}", os.path.join(init, SPEC), os.path.join(step, SPEC)):
+        if os.path.isfile(path):
+            with open(path) as file:
+                found = json.load(file)["tokenizer"]
+            if found and "path" in found:
+                found["path"] = os.path.join(os.path.dirname(path), os.path.basename(found["path"]))
+            if found:
+                return found
+    for name in TOKENIZERS:
+        if os.path.isfile(path := os.path.join(init, name)):
+            return _block(path)
+    raise ValueError(
+        f"init={init!r} came without a tokenizer ({', '.join(TOKENIZERS)}): pass tokenizer=FILE"
+    )
 
 
 def fine_tuning(
@@ -54,6 +81,7 @@ def fine_tuning(
     init: str,
     path: str,
     images: str,
+    val: bool,
     val_path: str,
     tokenizer_file: str,
     batch_size: int,
@@ -73,7 +101,7 @@ def fine_tuning(
     if small:  # the towers of random:NAME:small
         patch = known["img"]["variant"].partition("/")[2]
         known["img"] = {**known["img"], "variant": f"mu/{patch}"}
-        known["txt"] = {"variant": "mu"}
+        known["txt"] = {**known["txt"], "variant": "mu"}
     config = ConfigDict()
     config.total = total
     config.init = init
@@ -93,8 +121,8 @@ def fine_tuning(
     config.schedule = ConfigDict({"name": "cosine", "warmup": "10 percent"})
     config.log_every = 50
     config.checkpoint = ConfigDict({"every": "1000 steps"})
-    if val_path:
-        source = _source.of(val_path, "val" if val_path == path else "", images=images)
+    if val or val_path:
+        source = _source.of(val_path or path, "" if val_path else "val", images=images)
         config.evals = ConfigDict(
             {"retrieval": {"type": "retrieval", "every": "10 percent", "source": source}}
         )

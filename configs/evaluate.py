@@ -4,9 +4,8 @@
 init=weights/siglip2-b16-256,data_dir=/data/tfds --workdir runs/judged
 
 `data_dir` holds imagenet2012 and coco_captions prepared by TFDS as ArrayRecord; `what` chooses one.
-Or one's own: path=pairs.jsonl,images=photos.zip measures retrieval on its split val (all of it for
-.tar, .parquet and .array_record files). `init`, `tokenizer`, `res` and `small` are as in
-configs/finetune.py.
+Or one's own: path=pairs.jsonl,images=photos.zip measures retrieval on all of them, or on one
+`split` of a table. `init`, `tokenizer`, `res` and `small` are as in configs/finetune.py.
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +20,7 @@ def get_config(
     what: str = "imagenet,coco",
     path: str = "",
     images: str = "",
+    split: str = "",
     tokenizer: str = "",
     batch_size: int = 256,
     res: int = 0,
@@ -30,8 +30,19 @@ def get_config(
         raise ValueError("pass init=WEIGHTS and data_dir=FOLDER (or path=PAIRS)")
     # The data it would train on are those that it is evaluated on: --eval_only never looks.
     config = _released.fine_tuning(
-        model, init, path or data_dir, images, "", tokenizer, batch_size, "1 steps", res, small
+        model,
+        init,
+        path or data_dir,
+        images,
+        False,
+        "",
+        tokenizer,
+        batch_size,
+        "1 steps",
+        res,
+        small,
     )
+    config.frozen = ((".*", True),)  # without --eval_only there is nothing to do
     tfds = {"name": "tfds", "data_dir": data_dir}
     known = {
         "imagenet": {
@@ -49,7 +60,7 @@ def get_config(
     }
     evals = {name: known[name] for name in what.split(",")} if data_dir else {}
     if path:
-        source = _source.of(path, "val", images=images)
+        source = _source.of(path, split, images=images)
         evals["retrieval"] = {"type": "retrieval", "batch_size": batch_size, "source": source}
     config.evals = ConfigDict(evals)
     return config

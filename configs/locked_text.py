@@ -19,6 +19,7 @@ def get_config(
     init: str = "",
     path: str = "",
     images: str = "",
+    val: bool = False,
     val_path: str = "",
     tokenizer: str = "",
     batch_size: int = 16_384,
@@ -27,7 +28,7 @@ def get_config(
     small: bool = False,
 ) -> ConfigDict:
     config = _released.fine_tuning(
-        model, init, path, images, val_path, tokenizer, batch_size, total, res, small
+        model, init, path, images, val, val_path, tokenizer, batch_size, total, res, small
     )
     config.init_only = ("txt", "t", "b")
     config.frozen = (("txt/.*", True), ("else", False))

@@ -6,12 +6,20 @@
 --workdir runs/siglit
 
 A text tower learns against image embeddings from disk: no image is decoded, no image tower runs,
-and a batch of 32k needs the memory of its texts alone. `width`: of the embeddings. Without
-`tokenizer`, texts are read as bytes. The paper reports 79.8 % (AugReg B/8) and 84.5 % (ViT-g/14)
-ImageNet zero-shot, with Lion, 16 tokens and 20k to 32k pairs a batch. Not run at full size here.
+and a batch of 32k needs the memory of its texts alone. `width`: of the embeddings. `tokenizer`:
+a file, or the folder of weights that it came with; without it texts are read as bytes. `val_path`:
+embeddings to measure retrieval on. Afterwards `python -m siglip.checkpoints.convert runs/siglit DST
+--img TOWER` joins the text tower with that of the images.
+The paper reports 79.8 % (AugReg B/8) and 84.5 % (ViT-g/14) ImageNet zero-shot, with text towers of
+L's width (12 and 24 layers), Lion, 16 tokens and 20k to 32k pairs a batch. Not run
+at full size here.
 """
 
+import os
+
 from ml_collections import ConfigDict
+
+from configs import _released
 
 
 def get_config(
@@ -20,6 +28,7 @@ def get_config(
     txt: str = "B",
     tokenizer: str = "",
     token_len: int = 16,
+    val_path: str = "",
     batch_size: int = 32_768,
     total: str = "65000 steps",
 ) -> ConfigDict:
@@ -31,13 +40,15 @@ def get_config(
         {
             "img": {"variant": "precomputed", "width": width},
             "txt": {"variant": txt, "out_dim": width},
+            "dtype": "bfloat16",
         }
     )
     if not tokenizer:
-        block = {"name": "bytes"}
+        block, token_len = {"name": "bytes"}, max(token_len, 64)
+    elif os.path.isdir(tokenizer):
+        block = _released.tokenizer("", tokenizer)
     else:
-        name = "huggingface" if tokenizer.endswith(".json") else "sentencepiece"
-        block = {"name": name, "path": tokenizer}
+        block = _released.tokenizer(tokenizer, "")
     config.input = ConfigDict(
         {
             "batch_size": batch_size,
@@ -53,4 +64,7 @@ def get_config(
     config.schedule = ConfigDict({"name": "cosine", "warmup": "10 percent"})
     config.log_every = 50
     config.checkpoint = ConfigDict({"every": "1000 steps"})
+    if val_path:
+        source = {"name": "embeddings", "path": val_path}
+        config.evals = ConfigDict({"retrieval": {"type": "retrieval", "source": source}})
     return config

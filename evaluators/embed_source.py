@@ -92,6 +92,7 @@ def embed_source(
         **description,
         "params_sha256": params_hash,
         "examples": len(source),
+        "examples_sha256": _fingerprint(source),
         "class_names": source.class_names and list(map(str, source.class_names)),
         "what": what,
         "d": _width(embed, params, zeros, batch_size),
@@ -116,6 +117,19 @@ def embed_source(
                 _embed_batches(batches, reader, store, work, bad, told)
         told.end()
         return Embedded(bad.met, store.finish())
+
+
+def _fingerprint(source: Any) -> str:
+    """Of ids and texts all over the source: a run does not go on with other data."""
+    found, tries = hashlib.sha256(), min(32, len(source))
+    for i in range(tries):
+        try:
+            example = source[i * len(source) // tries]
+            told = (str(example["id"]), list(example["texts"]))
+        except BadExample as error:
+            told = (error.kind,)
+        found.update(repr(told).encode())
+    return found.hexdigest()
 
 
 def _embed_batches(

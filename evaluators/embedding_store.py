@@ -29,7 +29,8 @@ from input_pipeline.errors import BadExample, UserError
 
 LOCK = ".lock"
 # Not part of what is embedded: a run that goes on may have others.
-FREE = ("jax", "done", "rows", "texts", "bad")
+FREE = ("jax", "done", "rows", "texts", "bad", "model")  # the hash of the parameters decides
+COUNTS = 2**40  # in the lock, from here on: how many processes there are
 PAUSE = 0.2  # seconds between looks for the manifest of process 0
 
 
@@ -139,8 +140,9 @@ class Store:
 
     def _locked(self) -> BinaryIO:
         """A byte of the lock for each process; it goes with the process, however that ends."""
-        file = (self.out / LOCK).open("ab")
+        file = (self.out / LOCK).open("a+b")
         try:
+            self._lock_count(file)
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._process)
         except (BlockingIOError, PermissionError) as error:
             file.close()
@@ -151,6 +153,23 @@ class Store:
         except OSError:
             pass  # a file system without locks: two runs of one command are the user's to avoid
         return file
+
+    def _lock_count(self, file: BinaryIO) -> None:
+        """All that write here at a time agree on how many they are, else shards had two owners:
+        each holds a share of the byte of its number, and nobody may hold another byte."""
+        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, COUNTS + self._processes)
+        before = (self._processes, COUNTS)
+        after = (COUNTS, COUNTS + self._processes + 1)
+        try:
+            for length, first in (before, after):
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, first)
+                fcntl.lockf(file, fcntl.LOCK_UN, length, first)
+        except (BlockingIOError, PermissionError) as error:
+            file.close()
+            raise UserError(
+                f"--out {self.out}: a run with another --num_processes writes there; stop it, or "
+                "start this one with its number"
+            ) from error
 
     def _agree(self, wait: float) -> None:
         """Writes or awaits manifest.json; refuses one of something else."""

@@ -112,6 +112,16 @@ class Embeddings:
         image = np.asarray(shard.image[row], np.float32)
         return {"image": image, **found, "shard": os.path.join(self.path, file_name("image", k))}
 
+    @property
+    def blocks(self) -> np.ndarray | None:
+        """Starts of the shards, where they are too many to be open at once; see order.BlockEpochs."""
+        return np.asarray(self._starts, np.int64) if len(self._good) > MOST_OPEN else None
+
+    @property
+    def window(self) -> int:
+        """Shards whose examples are mixed: two windows are open where one ends."""
+        return MOST_OPEN // 2 - 1
+
     def by_language(self) -> dict[str, np.ndarray]:
         """Language -> ascending indices of the examples that have a text in it."""
         if self._by_language is None:

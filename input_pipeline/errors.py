@@ -29,4 +29,5 @@ KINDS = (
     "no caption",
     "caption not UTF-8",
     "damaged record",  # checksum, container, or a field of another type
+    "unusable caption",  # has a token that the model has no row for
 )

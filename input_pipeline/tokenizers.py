@@ -93,6 +93,9 @@ class HuggingFace:
         self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         wanted = EOS_TOKENS if eos_token is None else (eos_token,)
         found = [i for i in map(self._tokenizer.token_to_id, wanted) if i is not None]
+        # Gemma's vocabulary has the HTML tag </s> beside its <eos>: specials first, then low ids.
+        specials = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        found.sort(key=lambda i: (i not in specials, i))
         if not found:
             raise UserError(
                 f"the vocabulary of {path} has no token {' or '.join(wanted)}; "

@@ -82,6 +82,7 @@ class Preprocess:
       patches: images are patches (NaFlex), not squares.
       embeddings: images are embeddings.
       width: that an embedding must have; None: any.
+      rows: of the model's token table, where the tokenizer may have more ids; None: not checked.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Preprocess:
         self.patches = bool(image) and image[-1][0] == "naflex"
         self.embeddings = bool(image) and image[0][0] == "embedding"
         self.width: int | None = None
+        self.rows: int | None = None
 
     def image(self, image: bytes | np.ndarray, rng: np.random.Generator | None = None) -> Any:
         """uint8 [res, res, 3]; after `naflex` a dict, see image_ops.to_patches; for `embedding`
@@ -120,11 +122,18 @@ class Preprocess:
         return self._to.cut
 
     def text(self, text: str) -> Int32[np.ndarray, " token_len"]:
-        """Tokens of the cleaned text."""
+        """Tokens of the cleaned text.
+
+        Raises:
+          BadExample: one of them is beyond `rows`.
+        """
         # JSON can hold half a character pair, which no tokenizer takes: it becomes '?'.
         made: Any = text.encode("utf-8", "replace").decode("utf-8")
         for _, step in self._text:
             made = step(made, self._to)
+        if self.rows is not None and made.max() >= self.rows:  # whose embedding would be NaN
+            told = f"token {made.max()}, and the model has {self.rows} rows"
+            raise BadExample("unusable caption", told)
         return made
 
     def caption(self, example: dict[str, Any], rng: np.random.Generator) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
@@ -82,7 +83,8 @@ def load(
         'random:NAME'. See checkpoints.read.
       tokenizer: a SentencePiece .model or a tokenizer.json, or an object with vocab_size, eos_id
         and encode; by default the one beside the weights.
-      dtype: of matmuls, 'float32' or 'bfloat16'; embeddings are float32.
+      dtype: of matmuls, 'float32' (exactly that, also on GPUs and TPUs) or 'bfloat16', which is
+        faster there; embeddings are float32.
       image: steps or preset of the image preprocessing (see input_pipeline.image_ops.PRESETS); by
         default what the model was released or trained with.
       res, positions: another image size, to which position embeddings are resized by a method of
@@ -99,6 +101,8 @@ def load(
         weights = adapt.to_res(weights, res, positions)
     if token_len is not None:
         weights = adapt.to_token_len(weights, token_len, text_positions)
+    for note in weights.notes:
+        log.warning("%s: %s", source, note)
     spec = weights.spec
     preprocess, has_tokenizer = _preprocess(weights, tokenizer, image or spec.image)
     mesh = local_mesh()
@@ -197,12 +201,23 @@ class Model:
         self._batch_size, self._progress, self.has_tokenizer = batch_size, progress, has_tokenizer
 
         def embed(params, batch: dict[str, Any]):
-            image = images_of(batch) if "image" in batch else None
-            out: Any = module.apply({"params": params}, image, batch.get("text"))
+            # Elsewhere float32 may mean TF32 (GPUs) or passes of bfloat16 (TPUs).
+            full = module.txt.dtype == np.float32
+            with jax.default_matmul_precision("highest" if full else "default"):
+                out: Any = module.apply({"params": params}, images_of(batch), batch.get("text"))
             zimg, ztxt, _ = out
             return ztxt if zimg is None else zimg
 
         self._embed = jax.jit(embed, out_shardings=replicated(mesh))
+
+    def __repr__(self) -> str:
+        towers = ", ".join(
+            f"{name} {block['variant']}"
+            for name, block in (("image", self.spec.img), ("text", self.spec.txt))
+            if block
+        )
+        told = f"{towers}, embeddings of {self.spec.embedding_dim}"
+        return f"<siglip.Model {self.name}: {told}{'' if self.has_tokenizer else ', no tokenizer'}>"
 
     @property
     def t(self) -> float:
@@ -230,6 +245,11 @@ class Model:
         """
         if self.spec.img is None:
             raise ValueError(f"{self.name} holds no image tower")
+        if self.preprocess.embeddings:
+            raise ValueError(
+                f"{self.name} was trained on embeddings of another image tower; join the two with "
+                "python -m siglip.checkpoints.convert --img"
+            )
         many, items = _many(images, _is_image)
 
         def make(i: int) -> dict[str, Any]:
@@ -247,7 +267,7 @@ class Model:
         """Unit-norm float32 embeddings: [d] of one text, [n, d] of a list of them.
 
         Lower-cased, padded to the full length and cut with EOS kept, as the model was trained;
-        texts that are cut are counted in `truncated`.
+        texts that are cut are counted in `truncated`, each distinct one once in a call.
 
         Raises:
           ValueError: there is no tokenizer or no text tower, or one is no string.
@@ -302,9 +322,23 @@ class Model:
         """
         if self.spec.img is None or self.spec.txt is None:
             raise ValueError(f"{self.name} holds one tower alone, and no temperature")
-        zimg = np.atleast_2d(images if _is_embedding(images) else self.encode_image(images))
-        ztxt = np.atleast_2d(texts if _is_embedding(texts) else self.encode_text(texts))
-        return self._similarity(zimg @ ztxt.T)
+        zimg = self._embedding(images, self.encode_image)
+        return self._similarity(zimg @ self._embedding(texts, self.encode_text).T)
+
+    def _embedding(self, given: Any, encode: Callable[[Any], np.ndarray]) -> np.ndarray:
+        """[n, d] of unit norm: what is given, if it is floats [n, d] or [d]; else encode(given)."""
+        if not hasattr(given, "dtype") or not hasattr(given, "ndim") or given.ndim not in (1, 2):
+            return np.atleast_2d(encode(given))
+        array = np.asarray(given)
+        if not jnp.issubdtype(array.dtype, np.floating):
+            return np.atleast_2d(encode(given))
+        z = np.atleast_2d(array.astype(np.float32))
+        if z.shape[1] != self.spec.embedding_dim:
+            raise ValueError(
+                f"embeddings of width {z.shape[1]} are not of {self.name}, whose are "
+                f"{self.spec.embedding_dim} wide"
+            )
+        return z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
 
     def _similarity(self, cosine: Float[np.ndarray, "n m"]) -> Similarity:
         logit = (self.t * cosine + (self.b or 0)).astype(np.float32)
@@ -346,10 +380,10 @@ class Model:
           classnames, templates: see class_embeddings.
         """
         if isinstance(classnames, str) or not len(classnames):
-            raise ValueError("classnames must be a list of names")
+            raise ValueError("classnames must be a list of one or more names")
         if self.spec.img is None or self.spec.txt is None:
             raise ValueError(f"{self.name} holds one tower alone, and no temperature")
-        zimg = np.atleast_2d(images if _is_embedding(images) else self.encode_image(images))
+        zimg = self._embedding(images, self.encode_image)
         found = self._similarity(zimg @ self.class_embeddings(classnames, templates).T)
         label = found.cosine.argmax(axis=1)
         names = [str(classnames[int(i)]) for i in label]
@@ -418,6 +452,8 @@ def pixels(image: ImageLike) -> bytes | np.ndarray:
       BadExample: it is nothing that could be an image.
       OSError: the file cannot be read.
     """
+    if isinstance(image, str) and "://" in image:
+        raise BadExample("no image", "addresses are not fetched; give the file or its bytes")
     if isinstance(image, str | pathlib.Path):
         return pathlib.Path(image).expanduser().read_bytes()
     if isinstance(image, bytes | bytearray | memoryview):
@@ -432,20 +468,19 @@ def pixels(image: ImageLike) -> bytes | np.ndarray:
         return stream.getvalue()
     array = np.asarray(image)
     if array.dtype != np.uint8:
-        raise BadExample("unusable image", f"an array must be uint8, not {array.dtype}")
-    if array.ndim == 2:
-        array = np.repeat(array[..., None], 3, axis=-1)
-    return array
+        told = f"an array must be uint8, from 0 to 255, not {array.dtype}; or give a PIL image"
+        raise BadExample("unusable image", told)
+    if array.ndim == 3 and array.shape[2] == 4 and array.size:
+        return pixels(Image.fromarray(array))
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    return np.repeat(array[..., None], 3, axis=-1) if array.ndim == 2 else array
 
 
 def _is_image(x: Any) -> bool:
     if isinstance(x, np.ndarray) or (hasattr(x, "ndim") and hasattr(x, "dtype")):
         return x.ndim < 4
     return isinstance(x, str | bytes | bytearray | memoryview | pathlib.Path | Image.Image)
-
-
-def _is_embedding(x: Any) -> bool:
-    return hasattr(x, "dtype") and np.issubdtype(x.dtype, np.floating) and x.ndim in (1, 2)
 
 
 def _many(x: Any, is_one: Callable[[Any], bool]) -> tuple[bool, list[Any]]:

@@ -165,6 +165,7 @@ FREE = (
     "input.source.data_dir",
     "input.source.cache",
     "input.tokenizer.path",
+    "init",
 )
 
 

@@ -74,7 +74,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--batch_size", type=int, default=256, help="on the devices of this process (256)")
     add("--dtype", default="float32", help="of the files: float32 or float16")
     add("--shard_rows", type=int, default=SHARD_ROWS, help=f"examples of a file ({SHARD_ROWS})")
-    add("--max_bad_fraction", type=float, default=0.01, help="of examples that may be bad (0.01)")
+    add(
+        "--max_bad_fraction",
+        type=float,
+        default=0.01,
+        help="of examples that may be bad (0.01); one alone is never too many",
+    )
     add("--num_processes", type=int, default=1, help="that share the shards (1)")
     add("--process_id", type=int, default=0, help="which of them this is (0)")
     add("--cpu_devices", type=int, default=0, help="emulate so many devices, on a CPU")

@@ -69,10 +69,8 @@ def fitted(
         weights = _named(
             lambda: adapt.to_res(weights, here.res or 0, config.init_positions), "init_positions"
         )
-        if made.image != here.image:
-            notes.append(
-                f"images: trained with {made.image!r}, here config.input.image={here.image!r}"
-            )
+    if made.img and here.img and made.image != here.image and here.image != "embedding":
+        notes.append(f"images: trained with {made.image!r}, here config.input.image={here.image!r}")
     if made.txt and here.txt:
         token_len = here.token_len or 0
         weights = _named(
@@ -106,7 +104,8 @@ def _merged(weights: Weights, params: PyTree, scan: bool, only: tuple[str, ...])
     fresh = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
     wanted = {name: x.shape for name, x in fresh.items() if name.split("/")[0] in only}
     have = {name: leaf.shape for name, leaf in leaves.items()}
-    compare(have, wanted, where=f"{weights.source} (see config.init_only)")
+    told = f"img={weights.spec.img}, txt={weights.spec.txt}, see config.init_only"
+    compare(have, wanted, where=f"{weights.source} ({told})")
     tree: dict[str, Any] = {}
     for name, x in fresh.items():
         if name in leaves:

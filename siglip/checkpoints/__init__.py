@@ -61,6 +61,8 @@ def read(source: str | pathlib.Path) -> Weights:
     try:
         preset = presets.find(name)
     except ValueError as error:
+        if name.startswith(".") or (len(path.parts) > 1 and path.parts[0] != "google"):
+            raise CheckpointError(f"{path}: there is no such file or folder") from None
         raise CheckpointError(f"{name} is no path here, and as a released model: {error}") from None
     return huggingface.read(hub.fetch(preset.huggingface))
 

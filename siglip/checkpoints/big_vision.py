@@ -3,6 +3,7 @@
 import pathlib
 
 from siglip.checkpoints import npz_file, spec
+from siglip.checkpoints.leaf import Leaf
 from siglip.checkpoints.weights import Weights, stack, unstack
 
 PREFIXES = ("params/", "opt/target/", "")
@@ -23,14 +24,37 @@ def read(path: pathlib.Path) -> Weights:
         if found:
             break
     else:
-        found = {}
+        found = _tower_alone(leaves)
     found = unstack(found)
+    towers = {name.split("/")[0] for name in found} & {"img", "txt"}
+    if len(towers) == 1:  # whose temperature is of no use
+        found = {n: leaf for n, leaf in found.items() if n not in ("t", "b")}
     beside = sidecar(path)
     shapes = {name: leaf.shape for name, leaf in found.items()}
     made = spec.load(beside) if beside.exists() else spec.infer(shapes, where=str(path))
-    weights = Weights(found, made, str(path), "big_vision")
+    notes = []
+    if made.img and not beside.exists() and not made.preset and not made.txt:
+        notes.append(
+            f"how images were prepared cannot be seen from a tower alone; {made.image!r} is taken"
+        )
+    weights = Weights(found, made, str(path), "big_vision", tuple(notes))
     weights.check()
     return weights
+
+
+def _tower_alone(leaves: dict[str, Leaf]) -> dict[str, Leaf]:
+    """A file of one tower, whose names begin with its parts."""
+    parts = {
+        "img": ("embedding", "pos_embedding", "Transformer", "MAPHead_0", "head", "cls"),
+        "txt": ("Embed_0", "pos_embedding", "Encoder_0", "head", "MAPHead_0", "embed_projection"),
+    }
+    for prefix in PREFIXES:
+        names = [n for n in leaves if n.startswith(prefix)]
+        for tower, known in parts.items():
+            mine = [n for n in names if n.removeprefix(prefix).split("/")[0] in known]
+            if any(n.startswith(f"{prefix}{known[0]}/") for n in mine):
+                return {f"{tower}/{n.removeprefix(prefix)}": leaves[n] for n in mine}
+    return {}
 
 
 def sidecar(path: pathlib.Path) -> pathlib.Path:

@@ -9,9 +9,19 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from siglip import positions
-from siglip.checkpoints import FORMATS, adapt, huggingface, names, read, write
+from siglip.checkpoints import (
+    FORMATS,
+    adapt,
+    hf_tokenizer,
+    huggingface,
+    names,
+    open_clip,
+    read,
+    write,
+)
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.leaf import Leaf
+from siglip.checkpoints.spec import check_contract
 from siglip.checkpoints.weights import Weights, report
 
 DONE, MISTAKE, INTERRUPTED = 0, 2, 85
@@ -46,6 +56,7 @@ def make_parser() -> Parser:
     add("source", metavar="SRC")
     add("target", metavar="DST")
     add("--format", choices=FORMATS, help="of DST; .npz is big_vision, anything else huggingface")
+    add("--img", metavar="SRC2", help="take the image tower from there: for a text tower of SigLiT")
     add("--only", choices=("img", "txt"), help="one tower")
     add("--stacked", action="store_true", help="big_vision: layers stacked, as its SigLIP 2 files")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="round every array")
@@ -77,10 +88,14 @@ def convert(flags: argparse.Namespace) -> int:
     format = flags.format or ("big_vision" if target.suffix == ".npz" else "huggingface")
     if flags.stacked and format != "big_vision":
         raise CheckpointError(f"--stacked is for big_vision's .npz, not for {format}")
+    if (target.suffix == ".npz") != (format == "big_vision"):
+        raise CheckpointError(f"{target}: DST ends in .npz for big_vision, and for nothing else")
     if target.exists() and not flags.dry_run:
         raise CheckpointError(f"{target} is there already; choose another name, or delete it")
     weights = adapted(read(flags.source), flags)
-    if format != "big_vision":
+    if format == "open_clip":
+        open_clip.check(weights.spec)
+    elif format == "huggingface":
         huggingface.check_expressible(weights.spec, format)
     if not flags.quiet:
         print("\n".join(report(theirs(weights, format))))
@@ -94,7 +109,7 @@ def convert(flags: argparse.Namespace) -> int:
         return DONE
     options = {"stacked": True} if flags.stacked else {}
     notes = write(weights, target, format, **options)
-    for note in notes:
+    for note in (*weights.notes, *notes):
         print(f"note: {note}")
     try:
         compared = verify(weights, target)
@@ -110,6 +125,8 @@ def convert(flags: argparse.Namespace) -> int:
 
 def adapted(weights: Weights, flags: argparse.Namespace) -> Weights:
     """What the flags ask to be other than in the source."""
+    if flags.img:
+        weights = with_image_tower(weights, read(flags.img))
     if flags.only:
         weights = weights.only(flags.only)
     if flags.res is not None:
@@ -126,8 +143,37 @@ def adapted(weights: Weights, flags: argparse.Namespace) -> Weights:
         spec = dataclasses.replace(
             weights.spec, tokenizer={"name": name, "path": str(path.absolute())}
         )
+        size = hf_tokenizer.vocab_size(spec.tokenizer or {})
+        check_contract(
+            spec,
+            vocab_size=size or 0,
+            token_len=spec.token_len or 0,
+            eos_id=spec.eos_id,
+            pad_id=spec.pad_id,
+            where=weights.source,
+        )
         weights = dataclasses.replace(weights, spec=spec)
     return weights
+
+
+def with_image_tower(weights: Weights, other: Weights) -> Weights:
+    """The text tower, t and b of the one, the image tower and its preprocessing of the other."""
+    if weights.spec.txt is None or other.spec.img is None:
+        raise CheckpointError(
+            f"--img: {weights.source} must hold a text tower and {other.source} an image tower"
+        )
+    mine, theirs = weights.spec, other.spec
+    if mine.embedding_dim != theirs.embedding_dim:
+        raise CheckpointError(
+            f"--img: embeddings of {weights.source} have {mine.embedding_dim} numbers, those of "
+            f"{other.source} {theirs.embedding_dim}"
+        )
+    leaves = {n: leaf for n, leaf in other.leaves.items() if n.startswith("img/")}
+    leaves |= {n: leaf for n, leaf in weights.leaves.items() if not n.startswith("img/")}
+    spec = dataclasses.replace(mine, img=theirs.img, res=theirs.res, image=theirs.image, preset="")
+    joined = dataclasses.replace(weights, leaves=leaves, spec=spec)
+    joined.check()
+    return joined
 
 
 def theirs(weights: Weights, format: str) -> dict[str, Leaf]:

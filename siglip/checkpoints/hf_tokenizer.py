@@ -1,5 +1,6 @@
 """Tokenizers of Hugging Face folders: which file it is, and files that pad and cut as we do."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -25,33 +26,66 @@ def find(folder: pathlib.Path) -> dict[str, Any] | None:
     return None
 
 
-def write(made: Spec, folder: pathlib.Path) -> list[str]:
-    """Writes the tokenizer's files; what of them is not as the model was trained."""
+def write(made: Spec, folder: pathlib.Path) -> tuple[Spec, list[str]]:
+    """Writes the tokenizer's files: the spec with their name, and what of them is not as the model
+    was trained."""
+    notes = _write(made, folder)
+    if made.tokenizer and "path" in made.tokenizer and (found := find(folder)):
+        same = found["name"] == made.tokenizer["name"]
+        made = dataclasses.replace(made, tokenizer={**(made.tokenizer if same else {}), **found})
+    return made, notes
+
+
+def _write(made: Spec, folder: pathlib.Path) -> list[str]:
     tokenizer = made.tokenizer
     if tokenizer is None:
         return ["no tokenizer was written: none is known (--tokenizer FILE)"]
     steps = [step.strip() for step in made.text.split("|")]
     lower, notes = "lower" in steps or "canonicalize" in steps, []
+    naflex = bool(made.img and made.img.get("naflex_grid"))
     match tokenizer["name"]:
         case "bytes":
             _write_json(_bytes(), made, folder, lower=lower)
         case "huggingface":
             _write_json(_load(tokenizer["path"]), made, folder, lower=lower)
         case "sentencepiece" if read_model(tokenizer["path"]).normalizer_spec.add_dummy_prefix:
+            if naflex:
+                return [
+                    "no tokenizer was written: Siglip2Tokenizer has none that gives the same ids"
+                ]
             notes = _write_sentencepiece(tokenizer["path"], made, folder, lower=lower)
         case "sentencepiece":
-            same = to_tokenizer(tokenizer["path"])
+            same = to_tokenizer(tokenizer["path"], lower=lower)
             if same is None:
                 return ["no tokenizer was written: transformers has none that gives the same ids"]
-            _write_json(same, made, folder, lower=lower)
+            _write_json(same, made, folder, lower=False)  # it does so by itself
         case name:
             return [f"no tokenizer was written: Hugging Face has none like {name!r}"]
+    if naflex and (file := folder / "tokenizer.json").exists() and not _like_gemma(file):
+        notes.append(
+            "transformers' AutoTokenizer takes Siglip2Tokenizer for NaFlex models, which reads "
+            "Gemma's tokenizer right and no other; load this one by PreTrainedTokenizerFast"
+        )
     if set(steps[:-1]) - {"lower"} or "eos=" in steps[-1].replace(" ", ""):
         cased = "lower case, " if lower else ""
         notes.append(
             f"texts are prepared by {made.text!r} here, and there by {cased}EOS and padding alone"
         )
     return notes
+
+
+def _like_gemma(file: pathlib.Path) -> bool:
+    model = json.loads(file.read_text()).get("model", {})
+    return bool(model.get("type") == "BPE" and model.get("byte_fallback"))
+
+
+def vocab_size(tokenizer: dict[str, Any]) -> int | None:
+    """How many ids the tokenizer of a file has; None for what is no file."""
+    if "path" not in tokenizer:
+        return None
+    if tokenizer["name"] == "sentencepiece":
+        return len(read_model(tokenizer["path"]).pieces)
+    return 1 + max(_load(tokenizer["path"]).get_vocab(with_added_tokens=True).values())
 
 
 def _load(path: str) -> Any:

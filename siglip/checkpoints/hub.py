@@ -1,8 +1,9 @@
 """Released models by name: from the cache of huggingface_hub, or downloaded into it."""
 
+import json
 import pathlib
 
-from siglip.checkpoints import hf_tokenizer
+from siglip.checkpoints import hf_tokenizer, safetensors_file
 from siglip.checkpoints.errors import CheckpointError
 
 PATTERNS = ["*.json", "*.safetensors", "*.model"]  # no pickles
@@ -12,6 +13,15 @@ WHOLE = (
     ("preprocessor_config.json", "processor_config.json"),
     tuple(file for file, _ in hf_tokenizer.FILES),
 )
+
+
+def _has_arrays(folder: pathlib.Path) -> bool:
+    """A download that was interrupted may have some of the shards."""
+    index = folder / safetensors_file.INDEX
+    if not index.exists():
+        return (folder / "model.safetensors").exists()
+    shards = json.loads(index.read_text())["weight_map"].values()
+    return all((folder / shard).exists() for shard in shards)
 
 
 def fetch(repo: str) -> pathlib.Path:
@@ -28,7 +38,7 @@ def fetch(repo: str) -> pathlib.Path:
 
     try:
         cached = snapshot(local_files_only=True)
-        if not any(cached.glob("*.safetensors")):
+        if not _has_arrays(cached):
             cached = None
     except Exception:  # not in the cache: what it raises differs between versions
         cached = None

@@ -128,7 +128,14 @@ def _spec(config: dict[str, Any], folder: pathlib.Path) -> Spec:
         made = _with_text(made, text, folder, where)
     if vision is not None:
         made = _with_vision(made, vision, naflex, folder, where)
-    return dataclasses.replace(made, preset=released(made))
+    return known_as(made)
+
+
+def known_as(made: Spec) -> Spec:
+    """With the name of the released model that it is, and the size of its vocabulary."""
+    name = released(made)
+    size = spec.presets.PRESETS[name].vocab_size if name else None
+    return dataclasses.replace(made, preset=name, vocab_size=size)
 
 
 def released(made: Spec) -> str:
@@ -176,12 +183,14 @@ def _with_vision(
         program = f"decode | naflex({most}, {got['patch_size']}, 'bilinear-pil')"
         return dataclasses.replace(made, img=img, image="hf-naflex" if default else program)
     # The processor's default; of SigLIP 2, which has Gemma's vocabulary, what it was trained with.
-    resample = processor.get("resample", 2 if (made.vocab_size or 0) >= 256_000 else 3)
+    gemma = made.txt is not None and made.txt["vocab_size"] >= 256_000
+    resample = processor.get("resample", 2 if gemma else 3)
     if resample not in PROGRAMS:
         raise CheckpointError(
             f"{folder}: images are resized by Pillow's resample {resample} there, which is none of "
             f"{', '.join(map(str, PROGRAMS))} (2 bilinear, 3 bicubic)"
         )
+    _check_size(processor.get("size"), got["image_size"], folder)
     return dataclasses.replace(made, img=img, res=got["image_size"], image=PROGRAMS[resample])
 
 
@@ -203,13 +212,12 @@ def _with_text(
     txt["out_dim"] = config.get("projection_size") or got["hidden_size"]
     # Released config.json files say nothing reliable of ids (their defaults are CLIP's): SigLIP
     # pads with EOS, SigLIP 2, which has Gemma's vocabulary, with 0.
-    eos, pad = 1, 0 if got["vocab_size"] >= 256_000 else 1
+    eos, pad = 1, spec.pad_id_of(txt)
     tokenizer = hf_tokenizer.find(folder)
     return dataclasses.replace(
         made,
         txt=txt,
         token_len=got["max_position_embeddings"],
-        vocab_size=got["vocab_size"],
         eos_id=eos,
         pad_id=pad,
         text=spec.text_program(eos, pad),
@@ -252,7 +260,18 @@ def _processor(folder: pathlib.Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{file}: {key} {found[key]}; SigLIP's images are in [-1, 1]: 0.5"
             )
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        if found.get(key) is False:
+            raise CheckpointError(f"{file}: {key} is false; SigLIP's images are resized to [-1, 1]")
     return found
+
+
+def _check_size(size: Any, image_size: int, folder: pathlib.Path) -> None:
+    sides = set(size.values()) if isinstance(size, dict) else {size}
+    if size is not None and sides != {image_size}:
+        raise CheckpointError(
+            f"{folder}: the processor makes images of {size}, the model takes {image_size} pixels"
+        )
 
 
 # Spec -> files
@@ -312,10 +331,8 @@ def _write(weights: Weights, folder: pathlib.Path) -> tuple[str, ...]:
                 "not equal to the pixel"
             )
     if made.txt:
-        notes += hf_tokenizer.write(made, folder)
-    if made.tokenizer and "path" in made.tokenizer and (found := hf_tokenizer.find(folder)):
-        same = found["name"] == made.tokenizer["name"]
-        made = dataclasses.replace(made, tokenizer={**(made.tokenizer if same else {}), **found})
+        made, more = hf_tokenizer.write(made, folder)
+        notes += more
     spec.save(spec.with_tokenizer_beside(made, folder / spec.FILE), folder / spec.FILE)
     return tuple(notes)
 

@@ -5,7 +5,6 @@ so do the text towers of the first generation: embeddings differ by about 2e-5 f
 same weights here and in Hugging Face's transformers.
 """
 
-import dataclasses
 import json
 import pathlib
 import re
@@ -89,21 +88,19 @@ def _spec(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], file
     if img is None and txt is None:
         first = ", ".join(list(shapes)[:4])
         raise CheckpointError(f"{file} is no SigLIP model of open_clip; its arrays: {first}, ...")
-    vocab = txt["vocab_size"] if txt else None
-    pad = 0 if (vocab or 0) >= 256_000 else 1
+    pad = spec.pad_id_of(txt) if txt else 1
     made = Spec(
         img,
         txt,
         bias="logit_bias" in shapes,
         res=res,
         token_len=token_len,
-        vocab_size=vocab,
         pad_id=pad,
         image=_image(config.get("preprocess_cfg") or {}, file.with_name(CONFIG)),
         text=spec.text_program(1, pad),
         tokenizer=hf_tokenizer.find(file.parent) if txt else None,
     )
-    return dataclasses.replace(made, preset=huggingface.released(made))
+    return huggingface.known_as(made)
 
 
 def _image(config: Mapping[str, Any], file: Any) -> str:
@@ -120,8 +117,12 @@ def _image(config: Mapping[str, Any], file: Any) -> str:
             "shortest and bicubic, bilinear"
         )
     if mode == "shortest":
-        return f"decode | shorter_side(method='{method}-pil') | center_crop"
+        return _shortest(method)
     return "hf-siglip2" if method == "bilinear" else "hf-siglip"
+
+
+def _shortest(method: str) -> str:
+    return f"decode | shorter_side(method='{method}-pil') | center_crop"
 
 
 def _tower(
@@ -142,6 +143,15 @@ def _tower(
     return width, depth, mlp_dim, heads or known[0]
 
 
+def check(made: Spec) -> None:
+    """Raises CheckpointError: open_clip has no such model."""
+    huggingface.check_expressible(made, "open_clip")
+    if not made.img or not made.txt:
+        raise CheckpointError("open_clip has no towers alone; write them as huggingface")
+    if made.img.get("naflex_grid"):
+        raise CheckpointError("open_clip has no NaFlex models; write it as huggingface")
+
+
 def write(weights: Weights, folder: pathlib.Path) -> tuple[str, ...]:
     """Writes a folder for `open_clip.create_model('local-dir:FOLDER')`; what is not exact in it.
 
@@ -149,11 +159,8 @@ def write(weights: Weights, folder: pathlib.Path) -> tuple[str, ...]:
       CheckpointError: open_clip has no such model.
     """
     made = weights.spec
-    huggingface.check_expressible(made, "open_clip")
-    if not made.img or not made.txt:
-        raise CheckpointError("open_clip has no towers alone; write them as huggingface")
-    if made.img.get("naflex_grid"):
-        raise CheckpointError("open_clip has no NaFlex models; write it as huggingface")
+    check(made)
+    assert made.img is not None and made.txt is not None
     notes = []
     name = _TIMM.get((made.img["variant"], made.res or 0))
     if name is None:
@@ -172,7 +179,15 @@ def write(weights: Weights, folder: pathlib.Path) -> tuple[str, ...]:
     }
     with huggingface.folder_at_once(folder) as scratch:
         safetensors_file.write(scratch / MODEL, theirs, {"format": "pt"})
-        (scratch / CONFIG).write_text(json.dumps(_config_of(made, name), indent=2) + "\n")
+        config, exact = _config_of(made, name)
+        if not exact:
+            notes.append(
+                f"images are prepared by {made.image!r} here, by Pillow's bilinear resize there: "
+                "not equal to the pixel"
+            )
+        made, more = hf_tokenizer.write(made, scratch)
+        notes += more
+        (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         beside = scratch / spec.FILE
         spec.save(spec.with_tokenizer_beside(made, beside), beside)
     return tuple(notes)
@@ -192,7 +207,8 @@ _TIMM = {
 }
 
 
-def _config_of(made: Spec, timm_name: str) -> dict[str, Any]:
+def _config_of(made: Spec, timm_name: str) -> tuple[dict[str, Any], bool]:
+    """The file, and whether its preprocessing is that of the spec."""
     assert made.img is not None and made.txt is not None
     vit, text = make_vit(**made.img), make_text(**made.txt)
     text_cfg = {
@@ -205,6 +221,8 @@ def _config_of(made: Spec, timm_name: str) -> dict[str, Any]:
         "pool_type": "last",
         "norm_kwargs": {"eps": 1e-6},
         "act_kwargs": {"approximate": "tanh"},
+        # Without a name open_clip would take CLIP's tokenizer, whatever lies in the folder.
+        "hf_tokenizer_name": "of this folder",
     }
     if text.mlp_dim != 4 * text.width:
         # Rounded as int(width * ratio) there; a little more never falls below.
@@ -227,11 +245,12 @@ def _config_of(made: Spec, timm_name: str) -> dict[str, Any]:
         "vision_cfg": vision_cfg,
         "text_cfg": text_cfg,
     }
-    bicubic = made.image == "hf-siglip"
+    shortest = {_shortest(method): method for method in ("bicubic", "bilinear")}
+    methods = {"hf-siglip": "bicubic", "hf-siglip2": "bilinear", **shortest}
     preprocess = {
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
-        "interpolation": "bicubic" if bicubic else "bilinear",
-        "resize_mode": "squash",
+        "interpolation": methods.get(made.image, "bilinear"),
+        "resize_mode": "shortest" if made.image in shortest else "squash",
     }
-    return {"model_cfg": model, "preprocess_cfg": preprocess}
+    return {"model_cfg": model, "preprocess_cfg": preprocess}, made.image in methods

@@ -24,7 +24,7 @@ def read(name: str) -> Weights:
     try:
         made = spec.of_preset(presets.find(preset))
     except ValueError as error:
-        raise CheckpointError(f"{name}: {error}") from None
+        raise CheckpointError(f"{name}: {error} ('{SMALL}' may follow)") from None
     return make(shrink(made) if name.endswith(SMALL) else made, name)
 
 

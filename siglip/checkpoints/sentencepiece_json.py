@@ -24,6 +24,8 @@ PROBES = (
     "🐈‍⬛ and 🇺🇳 \u200b",
     "x" * 50,
     "<bos> </s> <unk> ▁",
+    "a <h1>title</h1> <table> </s>b",
+    "\n\n\n and \t\t and" + " " * 9 + "blanks",
 )
 
 
@@ -45,11 +47,12 @@ def read_model(path: str) -> Any:
     return made
 
 
-def to_tokenizer(path: str) -> Any | None:
-    """A `tokenizers.Tokenizer` that gives the ids of the model at `path`; None where there is none:
-    it is another kind of model, or texts of PROBES come out otherwise."""
+def to_tokenizer(path: str, *, lower: bool) -> Any | None:
+    """A `tokenizers.Tokenizer` that gives the ids of the model at `path`, of texts in lower case
+    where `lower`; None where there is none: it is another kind of model, or texts of PROBES come
+    out otherwise."""
     import sentencepiece
-    from tokenizers import Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     spec = read_model(path)
     bpe, identity = 2, not spec.normalizer_spec.precompiled_charsmap
@@ -66,21 +69,31 @@ def to_tokenizer(path: str) -> Any | None:
             byte_fallback=spec.trainer_spec.byte_fallback,
         )
     )
-    made.normalizer = normalizers.Replace(" ", SPACE)
+    space = normalizers.Replace(" ", SPACE)
+    made.normalizer = normalizers.Sequence([normalizers.Lowercase(), space] if lower else [space])
+    # Pieces that SentencePiece finds before it merges anything: HTML tags, runs of blanks. They are
+    # looked for in the normalized text, where those with capitals cannot be.
+    found = [p.piece for p in spec.pieces if p.type == p.USER_DEFINED]
+    found = [piece for piece in found if not lower or piece == piece.lower()]
+    made.add_tokens([AddedToken(piece, normalized=True, special=False) for piece in found])
     made.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     truth: Any = sentencepiece.SentencePieceProcessor()
     truth.Load(path)
-    same = all(made.encode(p, add_special_tokens=False).ids == truth.EncodeAsIds(p) for p in PROBES)
-    return made if same else None
+
+    def same(text: str) -> bool:
+        wanted = truth.EncodeAsIds(text.lower() if lower else text)
+        return made.encode(text, add_special_tokens=False).ids == wanted
+
+    return made if all(map(same, PROBES)) else None
 
 
 def _merges(pieces: Any, index: dict[str, int]) -> list[tuple[str, str]]:
     """Every way to make a piece of two others, the best pieces first, as SentencePiece merges."""
     found = []
     for piece in pieces:
-        if piece.type not in (piece.NORMAL, piece.USER_DEFINED):
+        if piece.type != piece.NORMAL:
             continue
         text = piece.piece
         ways = [(text[:i], text[i:]) for i in range(1, len(text))]

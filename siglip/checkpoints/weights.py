@@ -45,9 +45,10 @@ class Weights:
         """One tower, 'img' or 'txt', without the temperature."""
         if getattr(self.spec, tower, None) is None:
             raise CheckpointError(f"{self.source} holds no tower {tower!r}")
-        other = {"img": "txt", "txt": "img"}[tower]
         leaves = {n: leaf for n, leaf in self.leaves.items() if n.startswith(f"{tower}/")}
-        spec = dataclasses.replace(self.spec, **{other: None}, bias=False)
+        gone = {"img": {"txt": None, "token_len": None, "vocab_size": None, "tokenizer": None}}
+        gone["txt"] = {"img": None, "res": None}
+        spec = dataclasses.replace(self.spec, **gone[tower], bias=False, preset="")
         return dataclasses.replace(self, leaves=leaves, spec=spec)
 
     def tree(self, *, scan: bool = False, dtype: Any = np.float32) -> dict[str, Any]:
