@@ -114,7 +114,7 @@ class Embeddings:
 
     @property
     def blocks(self) -> np.ndarray | None:
-        """Starts of the shards, where they are too many to be open at once; see order.BlockEpochs."""
+        """Starts of the shards, where they are too many to be open at once (order.BlockEpochs)."""
         return np.asarray(self._starts, np.int64) if len(self._good) > MOST_OPEN else None
 
     @property

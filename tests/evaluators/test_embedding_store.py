@@ -98,6 +98,7 @@ def test_the_manifest_says_what_was_embedded(whole):
         "dtype": "float32",
         "shard_rows": SHARD,
         "examples": EXAMPLES,
+        "examples_sha256": manifest["examples_sha256"],
         "class_names": ["x", "y"],
         "jax": jax.__version__,
         "done": True,

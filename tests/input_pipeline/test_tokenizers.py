@@ -119,3 +119,18 @@ def test_huggingface_says_what_is_wrong(tmp_path):
         TOKENIZERS["huggingface"](path=str(tmp_path / "c.json"))
     with pytest.raises(UserError, match="no token <end>;"):
         TOKENIZERS["huggingface"](path=str(tmp_path / "c.json"), eos_token="<end>")
+
+
+def test_eos_is_the_special_token_where_others_are_spelt_so_too(tmp_path):
+    """Gemma's vocabulary has the HTML tag </s>, and its end of a text is <eos>."""
+    vocab = {"<pad>": 0, "<eos>": 1, "<unk>": 2, "a": 3, "</s>": 4}
+    made = hf.Tokenizer(hf.models.BPE(vocab, [], unk_token="<unk>"))
+    made.save(str(tmp_path / "plain.json"))
+    assert TOKENIZERS["huggingface"](path=str(tmp_path / "plain.json")).eos_id == 1  # the lower id
+    made = hf.Tokenizer(hf.models.BPE({**vocab, "<eos>": 4, "</s>": 1}, [], unk_token="<unk>"))
+    made.add_special_tokens(["<eos>"])
+    made.save(str(tmp_path / "special.json"))
+    assert TOKENIZERS["huggingface"](path=str(tmp_path / "special.json")).eos_id == 4
+    assert (
+        TOKENIZERS["huggingface"](path=str(tmp_path / "special.json"), eos_token="</s>").eos_id == 1
+    )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -294,7 +295,7 @@ def test_a_token_without_a_row_is_refused_and_never_nan(folder):
         ("nowhere.png", r"image 1 \(nowhere.png\) cannot be read: No such file or directory"),
         (b"not a picture", "image 1 cannot be read: unknown image format"),
         (b"", "image 1 cannot be read: no image"),
-        (np.zeros((4, 4, 3), np.float32), "must be uint8, not float32"),
+        (np.zeros((4, 4, 3), np.float32), "must be uint8, from 0 to 255, not float32"),
         (np.zeros((4, 4, 5), np.uint8), r"must be uint8\[h,w,3\], not uint8\[4, 4, 5\]"),
         (7, "image 1 cannot be read"),
         (Image.new("F", (4, 4)), "image 1 cannot be read: cannot write mode F as PNG"),
@@ -393,3 +394,34 @@ print([name for name in {HEAVY} if name in sys.modules])
     argv = [sys.executable, "-c", code]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_embeddings_may_be_of_any_float_type_and_length(model):
+    z = model.encode_text(["a", "b"])
+    wanted = model.similarity(z, z)
+    for given in (z.astype(jnp.bfloat16), jnp.asarray(z), 3 * z, z.astype(np.float64)):
+        found = model.similarity(given, z)
+        assert np.abs(found.cosine - wanted.cosine).max() < 5e-3
+    with pytest.raises(ValueError, match=r"embeddings of width 5 are not of .*wide"):
+        model.similarity(np.zeros((2, 5), np.float32), ["a"])
+
+
+def test_float32_is_float32_on_every_platform(model):
+    """TF32 on GPUs and bfloat16 passes on TPUs are what JAX takes by default."""
+    batch = {"text": np.zeros((1, model.spec.token_len), np.int32)}
+    text = str(jax.make_jaxpr(lambda p, b: model._embed(p, b))(model.params, batch))
+    matmuls = text.count("dot_general[")
+    assert matmuls > 4 and text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == matmuls
+
+
+def test_arrays_of_one_and_four_channels_are_gray_and_transparent(model):
+    gray = np.random.default_rng(0).integers(0, 256, (20, 30), np.uint8)
+    assert np.array_equal(model.encode_image(gray), model.encode_image(gray[..., None]))
+    rgba = np.dstack([gray, gray, gray, np.full_like(gray, 255)])
+    assert np.array_equal(model.encode_image(rgba), model.encode_image(gray))
+
+
+def test_it_says_what_it_is(model):
+    assert "image mu/16" in repr(model) and f"embeddings of {model.spec.embedding_dim}" in repr(
+        model
+    )

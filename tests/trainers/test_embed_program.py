@@ -176,7 +176,7 @@ def test_another_checkpoint_is_refused(whole, capsys):
     before = folder(whole)
     code, _, told = run(capsys, *COMMON, "--out", whole, "--model_option", "seed=1")
     assert code == 2 and len(told) == 1
-    pattern = r"error: --out .* is of another embedding, model tiny instead of tiny seed=1; .*"
+    pattern = r"error: --out .* is of another embedding, params_sha256 \w+ instead of \w+; .*"
     assert re.fullmatch(pattern, told[0])
     assert folder(whole) == before
 

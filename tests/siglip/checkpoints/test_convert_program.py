@@ -9,10 +9,18 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers as hf
 from tiny_models import TINY, arrays, tiny
 
 from siglip import checkpoints
-from siglip.checkpoints import big_vision, convert, npz_file, safetensors_file
+from siglip.checkpoints import (
+    CheckpointError,
+    big_vision,
+    convert,
+    npz_file,
+    random,
+    safetensors_file,
+)
 from siglip.checkpoints.leaf import of_array
 
 ROOT = pathlib.Path(convert.__file__).parents[2]
@@ -181,3 +189,35 @@ def test_it_runs_as_a_module(source, tmp_path):
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0 and "arrays equal to the bit" in done.stdout, done.stderr
+
+
+def test_an_image_tower_is_taken_from_another_model(tmp_path):
+    """As for a text tower that was trained on embeddings."""
+    text = random.make(
+        dataclasses.replace(TINY, img={"variant": "precomputed", "width": 32}, res=None), "a"
+    )
+    image, target = tiny(), tmp_path / "joined"
+    joined = convert.with_image_tower(text, image)
+    for name, leaf in joined.leaves.items():
+        source = image if name.startswith("img/") else text
+        assert leaf.read().tobytes() == source.leaves[name].read().tobytes(), name
+    assert joined.spec.img == image.spec.img and joined.spec.res == image.spec.res
+    checkpoints.write(joined, target, "huggingface")
+    wide = tiny(img={**TINY.img, "width": 48, "num_heads": 3}, txt={**TINY.txt, "out_dim": 48})
+    with pytest.raises(CheckpointError, match=r"have 32 numbers, those of .* 48"):
+        convert.with_image_tower(text, wide)
+
+
+def test_a_tokenizer_of_another_vocabulary_and_a_wrong_ending_are_one_line(tmp_path, capsys):
+    made = hf.Tokenizer(hf.models.BPE({"</s>": 0, "a": 1}, []))
+    made.save(str(tmp_path / "few.json"))
+    name = "random:siglip-b16-224:small"
+    for argv, told in (
+        ([name, "x", "--tokenizer", str(tmp_path / "few.json")], "vocabulary 2 where it expects"),
+        ([name, str(tmp_path / "x"), "--format", "big_vision"], "DST ends in .npz for big_vision"),
+        ([name, str(tmp_path / "x.npz"), "--format", "open_clip"], "DST ends in .npz for big_"),
+        (["random:siglip2-b16-naflex:small", "y", "--format", "open_clip"], "no NaFlex models"),
+        (["./gone", "y"], "gone: there is no such file or folder"),
+    ):
+        code, _, lines = run(capsys, *argv, "--quiet")
+        assert code == 2 and len(lines) == 1 and told in lines[0], argv

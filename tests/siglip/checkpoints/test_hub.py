@@ -1,5 +1,7 @@
 """Released models by name, with a hub of our own."""
 
+import json
+
 import huggingface_hub
 import pytest
 from tiny_models import arrays, one_line, tiny
@@ -75,3 +77,14 @@ def test_a_released_name_loads_what_the_hub_has(name, tmp_path, stub):
     assert stub.calls == [("google/siglip-base-patch16-224", True)]
     assert model.encode_text("a cat").shape == (32,)
     assert arrays(checkpoints.read(name)) == arrays(tiny())
+
+
+def test_an_interrupted_download_of_shards_goes_on(tmp_path, stub):
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    stub.cache = make(tmp_path / "cache", *BESIDE, shards[0])
+    index = {"weight_map": {"a": shards[0], "b": shards[1]}}
+    (stub.cache / "model.safetensors.index.json").write_text(json.dumps(index))
+    stub.online = make(tmp_path / "online")
+    assert hub.fetch("google/x") == stub.online
+    (stub.cache / shards[1]).write_text("")
+    assert hub.fetch("google/x") == stub.cache

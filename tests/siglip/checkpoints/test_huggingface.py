@@ -242,9 +242,9 @@ def transformers():
 TEXTS = (
     "", "a", "A Cat Sat On A Mat", "a cat sat on a mat " * 9, "HELLO", "été à la plage",
     "кошка на окне", "猫が座っている", "قطة", "🐈‍⬛ and 🇺🇳", "x" * 15, "x" * 16, "x" * 17,
-    "  two  spaces ", "tab\tand\nline",
+    "  two  spaces ", "tab\tand\nline", "a\n\n\nb", "a     b",
 )  # fmt: skip
-PUNCTUATION = ("what's that? a cat!", "(1, 2), a_b; c-d", "...")
+PUNCTUATION = ("<h1>a</h1>", "<H2>A", "what's that? a cat!", "(1, 2), a_b; c-d", "...")
 
 
 def save_json(path):
@@ -291,6 +291,9 @@ def save_gemma_like(path):
         eos_id=1,
         bos_id=2,
         unk_id=3,
+        eos_piece="<eos>",
+        # Found before anything is merged, as Gemma's.
+        user_defined_symbols=["<h1>", "</h1>", "</s>", "\n\n", "▁▁", "▁▁▁▁", "<H2>"],
     )
     path.write_bytes(model.getvalue())
 
@@ -333,7 +336,8 @@ def test_auto_tokenizer_gives_our_tokens(kind, pad_id, tmp_path, transformers):
     # transformers' SiglipTokenizer strips punctuation, which `write` says.
     stripped = kind == "sentencepiece"
     assert any("strips punctuation" in note for note in notes) == stripped
-    for caption in (*TEXTS, *(() if stripped else PUNCTUATION)):
+    tags = ("a </s>b", "</s>") if kind == "gemma" else ()  # EOS of the others
+    for caption in (*TEXTS, *tags, *(() if stripped else PUNCTUATION)):
         found = theirs(caption, padding="max_length", truncation=True)
         if stripped:  # and white space into one blank each, which SentencePiece does anyway
             assert set(found) == {"input_ids"}

@@ -41,7 +41,7 @@ def test_the_arrays_and_the_config_say_what_the_model_is(folder):
         read = checkpoints.read(path)
         assert arrays(read) == arrays(GIVEN)
         made = read.spec
-        assert (made.res, made.token_len, made.vocab_size, made.bias) == (32, 16, 259, True)
+        assert (made.res, made.token_len, made.vocab_size, made.bias) == (32, 16, None, True)
         assert (made.img, made.txt) == (GIVEN.spec.img | WIDE[3], GIVEN.spec.txt | WIDE[2])
 
 
@@ -69,7 +69,8 @@ def test_a_released_model_is_known_by_its_arrays_and_config(name, tmp_path, monk
         for e in names.open_clip(shapes)
     }
     monkeypatch.setattr(safetensors_file, "read", lambda file: theirs)
-    config = open_clip._config_of(made, "vit")
+    config, exact = open_clip._config_of(made, "vit")
+    assert exact
     (tmp_path / open_clip.CONFIG).write_text(json.dumps(config))
     (tmp_path / open_clip.MODEL).write_bytes(b"")
     read = checkpoints.read(tmp_path)
@@ -130,7 +131,22 @@ def test_images_that_are_not_siglips_are_refused_in_one_line(changes, told, fold
     assert told in one_line(error) and open_clip.CONFIG in one_line(error)
 
 
+def test_the_tokenizer_and_what_is_not_exact_are_written(tmp_path):
+    """Without hf_tokenizer_name open_clip takes CLIP's, whatever lies in the folder."""
+    notes = checkpoints.write(tiny(image="decode | resize"), tmp_path / "a", "open_clip")
+    assert any("not equal to the pixel" in note for note in notes)
+    config = json.loads((tmp_path / "a" / open_clip.CONFIG).read_text())
+    assert config["model_cfg"]["text_cfg"]["hf_tokenizer_name"]
+    assert (tmp_path / "a" / "tokenizer_config.json").exists()
+    shortest = "decode | shorter_side(method='bilinear-pil') | center_crop"
+    notes = checkpoints.write(tiny(image=shortest), tmp_path / "b", "open_clip")
+    assert not any("pixel" in note and "images" in note for note in notes)
+    (tmp_path / "b" / spec.FILE).unlink()
+    assert checkpoints.read(tmp_path / "b").spec.image == shortest
+
+
 def test_a_tokenizer_beside_it_is_found(folder):
+    (folder / "tokenizer.json").unlink()
     assert checkpoints.read(folder).spec.tokenizer is None
     (folder / "tokenizer.json").write_text("{}")
     found = {"name": "huggingface", "path": str(folder / "tokenizer.json")}
@@ -176,5 +192,5 @@ def test_released_sizes_have_timms_name_and_others_a_note(tmp_path):
         assert preset.naflex or (preset.img, preset.res) in open_clip._TIMM
     notes = checkpoints.write(GIVEN, tmp_path / "oc", "open_clip")
     assert any("timm has no image tower" in note for note in notes)
-    ratio = open_clip._config_of(made, "vit")["model_cfg"]["text_cfg"]["mlp_ratio"]
+    ratio = open_clip._config_of(made, "vit")[0]["model_cfg"]["text_cfg"]["mlp_ratio"]
     assert int(1152 * ratio) == 4304

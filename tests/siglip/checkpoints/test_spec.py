@@ -27,9 +27,41 @@ def test_a_tower_alone_is_known_by_its_shapes(name):
         assert not found.bias and found.shapes() == alone
         if tower == "txt":
             assert (found.pad_id, found.text) == (made.pad_id, made.text)
-            assert (found.token_len, found.vocab_size) == (64, made.vocab_size)
+            assert (found.token_len, found.vocab_size) == (64, None)
         else:
-            assert found.res == made.res
+            assert (found.res, found.image) == (made.res, made.image)
+
+
+def test_the_preprocessing_of_an_image_tower_alone_is_that_of_all_models_that_have_it():
+    for name, image, res in (
+        ("siglip-so400m14-384", "hf-siglip", 384),  # of SigLIP and SigLIP 2: the nearest to both
+        ("siglip2-g-opt16-384", "hf-siglip2", 384),
+    ):
+        shapes = spec.of_preset(PRESETS[name]).shapes()
+        found = spec.infer({n: s for n, s in shapes.items() if n[:4] == "img/"}, where="x")
+        assert (found.image, found.res) == (image, res), name
+
+
+def test_a_naflex_tower_of_no_released_size_takes_patches():
+    for patch, image in ((16, "hf-naflex"), (8, "decode | naflex(256, 8, 'bilinear-pil')")):
+        made = tiny(img={"variant": f"mu/{patch}", "naflex_grid": 3}, res=None, image=image).spec
+        found = spec.infer(made.shapes(), where="x")
+        assert (found.image, found.res, found.shapes()) == (image, None, made.shapes())
+
+
+def test_the_table_without_a_head_may_have_more_rows_than_its_tokenizer_and_pads_with_eos():
+    """The file that big_vision#126 has met."""
+    made = spec.of_preset(PRESETS["siglip-so400m16-256-i18n"])
+    made = dataclasses.replace(made, txt={**made.txt, "vocab_size": 256_000})
+    found = spec.infer(made.shapes(), where="x")
+    assert found == made and (found.pad_id, found.image) == (1, "hf-siglip")
+    spec.check_contract(found, vocab_size=250_100, token_len=64, eos_id=1, pad_id=1, where="x")
+
+
+def test_there_is_no_model_is_one_line():
+    for change in ({"img": {"variant": "Q/16"}}, {"img": {"variant": "mu/64"}}):
+        with pytest.raises(CheckpointError, match=r"there is no model of img="):
+            dataclasses.replace(TINY, **change).shapes()
 
 
 def test_towers_of_this_project_are_known_by_their_shapes():
@@ -41,7 +73,7 @@ def test_towers_of_this_project_are_known_by_their_shapes():
         made = tiny(img=img, txt=txt).spec
         found = spec.infer(made.shapes(), where="here")
         assert found.shapes() == made.shapes() and found.preset == ""
-        assert (found.res, found.token_len, found.vocab_size) == (32, 16, 259)
+        assert (found.res, found.token_len, found.vocab_size) == (32, 16, None)
 
 
 def test_without_a_bias_there_is_none():
@@ -137,7 +169,7 @@ def test_a_table_may_have_a_few_rows_more_and_a_vocabulary_mc4s_hundred():
     released = spec.of_preset(PRESETS["siglip-b16-256-i18n"])
     for vocab_size, fits in (
         (250_000, True),
-        (249_000, True),
+        (249_000, False),  # what a released model expects is known
         (250_100, True),  # 250,000 pieces and 100 extra ids, which no text has
         (250_101, False),
         (200_000, False),
@@ -149,3 +181,19 @@ def test_a_table_may_have_a_few_rows_more_and_a_vocabulary_mc4s_hundred():
         else:
             with pytest.raises(CheckpointError, match="taken for the released siglip-b16-256-i18n"):
                 spec.check_contract(released, **given, where="FILE")
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size"), [("siglip2-b16-256", 250_100), ("siglip-b16-224", 30_522)]
+)
+def test_a_vocabulary_of_about_the_size_is_not_that_of_a_released_model(name, vocab_size):
+    released = spec.of_preset(PRESETS[name])
+    ids = dict(token_len=64, eos_id=1, pad_id=released.pad_id, where="x")
+    with pytest.raises(CheckpointError, match="take its own tokenizer"):
+        spec.check_contract(released, vocab_size=vocab_size, **ids)
+    unknown = dataclasses.replace(released, preset="", vocab_size=None)
+    rows = unknown.txt["vocab_size"]
+    spec.check_contract(unknown, vocab_size=rows - 10, **ids)
+    for wrong in (rows + 1, rows // 2):
+        with pytest.raises(CheckpointError):
+            spec.check_contract(unknown, vocab_size=wrong, **ids)
