@@ -35,7 +35,7 @@ def get_config(
     config.init_only = ("img",)
     config.frozen = (("img/.*", True), ("else", False))
     config.input.token_len = token_len
-    config.schedule.warmup = "200e6 examples"
+    config.schedule.warmup = "22 percent"  # 200e6 of 900e6 examples
     config.lr = 1e-3
     config.wd = 1e-4
     return config

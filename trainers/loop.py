@@ -190,12 +190,20 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
             f"{workdir} holds no checkpoint to evaluate; train first, or pass --config and "
             "--config.init=WEIGHTS"
         )
+    if start.kind == "init":
+        other = [d for d in configs.differences(config, workdir) if d.key == "init"]
+        if other:
+            raise UserError(
+                f"{workdir} holds results of other weights ({other[0]}); choose another"
+            )
     storage.keep_indexes_in(str(workdir / INDEX))
     things = setup.make_setup(config)
     evaluators = setup.make_evaluators(things)
     params = _params_of(things, start)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
+        if start.kind == "init":  # results without a run: of which weights stands beside them
+            configs.save(config, workdir)
         initial.save_spec(things, workdir)
     final = {}
     for name, evaluator in evaluators.items():

@@ -148,7 +148,9 @@ def test_the_multilingual_run_differs_in_vocabulary_and_length():
 def test_the_settings_of_released_models_in_configs_are_those_of_the_table(name):
     preset, here = presets.PRESETS[name], _released.settings(name)
     wanted = spec.of_preset(preset)
-    assert here["img"] == wanted.img and here["txt"]["variant"] == wanted.txt["variant"]
+    # The others' vocabulary is their tokenizer's, and the width of the head that of the images.
+    defaults = {"vocab_size": preset.vocab_size, "out_dim": preset.out_dim}
+    assert here["img"] == wanted.img and {**defaults, **here["txt"]} == wanted.txt
     assert (here["token_len"], here["image"], here["text"]) == (
         wanted.token_len,
         wanted.image,
@@ -277,3 +279,23 @@ def test_the_ending_of_a_path_says_which_source_reads_it(path, name):
         assert paper.evals.coco.source.name == "tfds"
         both = load("pairs", f"path='{path}',val_path='{path}'")
         assert both.evals.retrieval.source.to_dict() == mine.to_dict()
+
+
+def test_the_tokenizer_that_came_with_the_weights_is_found(tmp_path):
+    block = {"name": "sentencepiece", "path": "b16.a.model"}
+    told = {"version": 1, "tokenizer": block}
+    (tmp_path / "b16.siglip.json").write_text(json.dumps(told))  # beside an .npz
+    found = _released.tokenizer("", str(tmp_path / "b16.npz"))
+    assert found == {"name": "sentencepiece", "path": str(tmp_path / "b16.a.model")}
+    run = tmp_path / "run"
+    (run / "checkpoints" / "3").mkdir(parents=True)
+    (run / "siglip.json").write_text(json.dumps({**told, "tokenizer": {"name": "bytes"}}))
+    for init in (run, run / "checkpoints" / "3"):
+        assert _released.tokenizer("", str(init)) == {"name": "bytes"}
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "tokenizer.json").write_text("")
+    found = _released.tokenizer("", str(tmp_path / "hub"))
+    assert found == {"name": "huggingface", "path": str(tmp_path / "hub" / "tokenizer.json")}
+    assert _released.tokenizer("x.model", "")["name"] == "sentencepiece"
+    with pytest.raises(ValueError, match="pass tokenizer=FILE"):
+        _released.tokenizer("", "random:siglip-b16-224")

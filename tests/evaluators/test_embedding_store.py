@@ -421,3 +421,34 @@ def test_progress_is_told_as_time_passes(tmp_path, monkeypatch):
 def test_bad_examples_raise_from_the_source_as_they_are():
     with pytest.raises(BadExample):  # the fake does what the tests above rest on
         Source()[7]
+
+
+def test_runs_that_do_not_agree_on_their_number_do_not_write_beside_each_other(tmp_path):
+    """Else shard 1 belongs to the only process and to the second of two."""
+    holder = (
+        "import sys; from evaluators.embedding_store import Store\n"
+        "made = {'version': 1, 'what': ['image'], 'd': 2, 'dtype': 'float32', 'shard_rows': 2,"
+        " 'examples': 8, 'class_names': None, 'jax': '0'}\n"
+        "try:\n"
+        "    store = Store(sys.argv[1], made, process_index=int(sys.argv[2]),"
+        " process_count=int(sys.argv[3]), wait=60, tell=print)\n"
+        "    print('in', flush=True); sys.stdin.read(); store.close()\n"
+        "except Exception as error:\n"
+        "    print(error, flush=True)\n"
+    )
+
+    def start(process, count):
+        command = [sys.executable, "-c", holder, str(tmp_path), str(process), str(count)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        other = subprocess.Popen(command, cwd=ROOT, **pipes)
+        return other, other.stdout.readline().decode()
+
+    first, said = start(0, 2)
+    second, also = start(1, 2)
+    third, refused = start(2, 3)
+    fourth, alone = start(0, 1)
+    for other in (first, second, third, fourth):
+        other.communicate(timeout=60)
+    assert said == also == "in\n"
+    for told in (refused, alone):
+        assert "a run with another --num_processes writes there" in told

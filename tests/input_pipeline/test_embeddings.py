@@ -14,6 +14,7 @@ from input_pipeline import SOURCES, embeddings, loader
 from input_pipeline.embeddings import SCHEMA, Embeddings
 from input_pipeline.errors import UserError
 from input_pipeline.mixture import Languages
+from input_pipeline.order import order_of
 
 D, EXAMPLES, SHARD = 4, 23, 10
 BAD = (0, 9, 13, *range(20, 23))  # at both ends of a shard, in one, and all of the last
@@ -268,3 +269,17 @@ def test_manifests_that_are_none_are_refused(tmp_path):
         Embeddings(path=str(tmp_path))
     with pytest.raises(UserError, match=r"has no manifest.json"):
         Embeddings(path=str(tmp_path / "nowhere"))
+
+
+def test_more_shards_than_can_be_open_are_read_in_blocks(tmp_path, monkeypatch):
+    """A permutation of everything would open a file for almost every row."""
+    write(tmp_path)
+    assert Embeddings(path=str(tmp_path)).blocks is None
+    monkeypatch.setattr(embeddings, "MOST_OPEN", 2)
+    monkeypatch.setattr(Embeddings, "window", 1)
+    source = Embeddings(path=str(tmp_path))
+    assert source.blocks.tolist() == [0, 8, 17, 17]
+    order = order_of(source, 0)
+    epoch = [order[i] for i in range(len(source))]
+    assert sorted(epoch) == list(range(17))
+    assert sorted(epoch[:8]) == list(range(8)) or sorted(epoch[:9]) == list(range(8, 17))

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from input_pipeline.errors import UserError
+from input_pipeline.errors import BadExample, UserError
 from input_pipeline.mixture import Mixture
 from siglip.sharding import make_mesh
 from trainers import config as configs
@@ -109,3 +109,26 @@ def test_the_hash_of_an_order_changes_with_whatever_changes_the_order():
 def test_a_share_of_bad_examples_is_a_share(fraction):
     with pytest.raises(UserError, match=r"max_bad_fraction=.* must be from 0 to 1"):
         setup.check_batch(load(input__max_bad_fraction=fraction), make_mesh())
+
+
+@pytest.mark.parametrize(("ids", "fits"), [(250_100, True), (250_101, False), (250_000, True)])
+def test_mc4s_tokenizer_may_have_a_hundred_ids_more_than_the_table(monkeypatch, ids, fits):
+    """The multilingual models have 250,000 rows; a text with such an id is refused, not NaN."""
+    config = configs.load(f"{QUICKSTART}", [("model.txt.vocab_size", "250000")])
+
+    class Tokenizer:
+        vocab_size, eos_id = ids, 1
+
+        def encode(self, text):
+            return [250_050] if text == "extra" else [5]
+
+    monkeypatch.setitem(setup.TOKENIZERS, "bytes", Tokenizer)
+    if not fits:
+        with pytest.raises(UserError, match="vocab_size is 250000, but the tokenizer has 250101"):
+            setup.make_setup(config)
+        return
+    preprocess = setup.make_setup(config).preprocess
+    assert preprocess.text("a")[0] == 5
+    if ids > 250_000:
+        with pytest.raises(BadExample, match="token 250050, and the model has 250000 rows"):
+            preprocess.text("extra")
