@@ -19,6 +19,7 @@ from input_pipeline.errors import UserError
 from input_pipeline.source_settings import make_source, settings_of
 from input_pipeline.storage import is_url, one_line
 from trainers import compilation
+from trainers.host_memory import keep_freed_memory
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 85  # as in main.py
 
@@ -115,6 +116,7 @@ def _run(flags: argparse.Namespace) -> tuple[Embedded, int]:
     if flags.cpu_devices:
         jax.config.update("jax_num_cpu_devices", flags.cpu_devices)
     compilation.keep_programs(os.environ)
+    keep_freed_memory()
     source = make_source(flags.source)
     model = load_model(flags.model, flags.model_option, flags.what)
     preprocessing, row = described(model.preprocess), Row(sys.stderr)
