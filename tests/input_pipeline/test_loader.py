@@ -172,7 +172,7 @@ def test_bad_images_are_masked_in_place_and_recorded():
     assert sorted(red) == [0, 1, 2, 4, 6, 7]
     np.testing.assert_array_equal(batch["text"][batch["mask"]][:, 0], ord("a") + 3 + red)
     kinds = [KINDS[code - 1] if code else "" for code in batch["bad"]]
-    assert [kinds.count(kind) for kind in ("", *KINDS)] == [6, 0, 1, 0, 1, 0, 0, 0, 0]
+    assert [kinds.count(kind) for kind in ("", *KINDS)] == [6, 0, 1, 0, 1, 0, 0, 0, 0, 0]
     assert [bool(kind) for kind in kinds] == (~batch["mask"]).tolist()
     assert "memory/3 (unknown image format" in bad.worst() and "memory/5 (damaged" in bad.worst()
 
