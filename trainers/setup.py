@@ -109,6 +109,14 @@ def _check_images(preprocess: Preprocess, img: Any) -> None:
             "config.input.image makes squares; set config.input.image='hf-naflex', or end its "
             "steps with `naflex`"
         )
+    if grid is None and (rest := preprocess.res % img.patch_size):
+        # As in the released So400m/14 at 384 pixels.
+        logging.warning(
+            "config.input.res=%d: the last %d rows and columns of pixels are in no patch of %d",
+            preprocess.res,
+            rest,
+            img.patch_size,
+        )
     image, p = _gray(preprocess), img.patch_size
     if isinstance(image, Patches) and image.values.shape[-1] != p * p * 3:
         side = round((image.values.shape[-1] / 3) ** 0.5)

@@ -229,8 +229,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_binds_nothing(tiny, whole
         assert not (tmp_path / "w" / "config.json").exists()
 
     told(
-        r"checkpoint \S+/8 does not fit the model: arrays 36 of another shape or dtype: "
-        r"params/img/MAPHead_0/LayerNorm_0/bias is float32\[16\] there, float32\[8\] in the",
+        r"config.init: \S+/8 \(img=.*\) does not fit the model: arrays 36 of another shape: "
+        r"img/MAPHead_0/LayerNorm_0/bias is \[16\] there, \[8\] in the model, ",
         init=whole.workdir / "checkpoints" / "8",
         model__img__width=8,
     )
@@ -375,7 +375,7 @@ def test_a_disk_that_goes_late_stops_the_run_soon(tiny, pairs, tmp_path, capsys,
         ),
         (["--config.mesh.data=3"], "config.mesh: mesh data=3 x fsdp=1 does not fit 8 devices"),
         (["--config.model.img.variant=XS/16"], "config.model: .*XS"),
-        (["--config.input.res=18"], r"config.model: images of \(18, 18\) do not divide"),
+        (["--config.input.res=3"], r"config.model: images of \(3, 3, 3\) hold no patch of 4 x 4"),
         (["--config.model.txt.vocab_size=7"], "vocab_size is 7, but the tokenizer has"),
         (["--config.frozen=(('.*', True),)"], "every parameter is frozen"),
         (["--config.log_every=0"], "config.log_every=0 must be at least 1"),
