@@ -87,6 +87,10 @@ def test_the_way_through_hugging_face_loses_nothing(tiny, runs, folder):
     params = {str(p): flat(start(tiny, p)[1]) for p in (runs[False], folder, back)}
     for other in (folder, back):
         assert_equal(params[str(runs[False])], params[str(other)])
+    # And that is what lies there, biases too.
+    there = {n: leaf.read() for n, leaf in checkpoints.read(runs[False]).leaves.items()}
+    assert_equal(params[str(runs[False])], there)
+    assert np.abs(there["img/embedding/bias"]).max() > 0
     assert checkpoints.read(folder).spec == checkpoints.read(runs[False]).spec
     scanned = flat(start(tiny, folder, model__scan=True)[1])
     stacked = scanned["img/Transformer/encoderblock/LayerNorm_0/scale"]
