@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from evaluators.embed_rows import Reader, Row, Slots, zeros_of
 from evaluators.embedding_store import Store, Writer
 from input_pipeline import device, loader
 from input_pipeline.bad import Bad
@@ -26,7 +27,6 @@ from siglip.sharding import batch_sharding, local_mesh, replicated
 from siglip.vit import images_of
 
 SHARD_ROWS = 16384  # 75 MB of images at d = 1152
-TRIES = 64  # examples from all over the source, for one that shows what a row is like
 CROWD = 1000  # rows, of which more than half are bad only where something is wrong with all
 AHEAD = 2  # batches on the devices while the host makes the next
 EVERY = 5.0  # seconds between two lines of progress
@@ -86,7 +86,7 @@ def embed_source(
         raise UserError("there is nothing to embed: the source has no examples")
     params_hash = hash_of(params)
     params = jax.device_put(params, replicated(mesh))
-    zeros = _zeros(source, preprocess, what)
+    zeros = zeros_of(source, preprocess, what)
     embed = jax.jit(_embed_with(model), out_shardings=batch_sharding(mesh))
     manifest = {
         **description,
@@ -108,7 +108,7 @@ def embed_source(
             progress(f"{store.rows - slots.rows} of {store.rows} rows are there already")
         work = _DeviceWork(lambda batch: embed(params, device.to_device(batch, mesh)))
         told = _Told(slots.rows, what, progress)
-        reader = _Reader(source, preprocess, zeros)
+        reader = Reader(source, preprocess, zeros)
         if len(slots):
             batches = loader.eval_batches(
                 slots, reader.row, batch_size=batch_size, num_threads=num_threads
@@ -134,7 +134,7 @@ def _fingerprint(source: Any) -> str:
 
 def _embed_batches(
     batches: loader.Batches,
-    reader: "_Reader",
+    reader: "Reader",
     store: Store,
     work: "_DeviceWork",
     bad: "_Allowed",
@@ -166,100 +166,6 @@ def hash_of(params: Any) -> str:
         digest.update(f"{name} {array.dtype} {list(np.shape(x))}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-class Slots(Sequence[int]):
-    """Rows of the source in the order in which they are embedded, for whole batches: after the last
-    row of a shard follow places without one, -1.
-
-    Args:
-      examples: of the source.
-      shards: ascending.
-
-    Attributes:
-      rows: how many of the places have a row.
-    """
-
-    def __init__(self, examples: int, shards: Sequence[int], shard_rows: int, batch_size: int):
-        self._examples, self._shards, self._size = examples, shards, shard_rows
-        self._padded = -(-shard_rows // batch_size) * batch_size
-        last = min(shard_rows, examples - shards[-1] * shard_rows) if shards else 0
-        self.rows = max(0, len(shards) - 1) * shard_rows + last
-        end = -(-last // batch_size) * batch_size
-        self._length = max(0, len(shards) - 1) * self._padded + end
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, place: Any) -> int:
-        which, inside = divmod(place, self._padded)
-        row = self._shards[which] * self._size + inside
-        return row if inside < self._size and row < self._examples else -1
-
-
-class _Row(NamedTuple):
-    """What the host keeps of an example until its embeddings are there."""
-
-    id: str
-    shard: str
-    texts: list[str]
-    tokens: list[np.ndarray]
-    languages: list[str] | None
-    weights: list[float] | None
-    label: int | None
-    bad: BadExample | None
-
-
-class _Reader:
-    """Examples to rows of a batch, in the loader's threads; what is no array waits in `taken`."""
-
-    def __init__(self, source: Any, preprocess: Any, zeros: dict[str, np.ndarray]):
-        self._source, self._preprocess, self._texts = source, preprocess, "text" in zeros
-        self.zeros = {key: value for key, value in zeros.items() if key != "text"}
-        self._rows: dict[int, _Row] = {}  # one operation each, so threads need no lock
-
-    def row(self, i: int) -> dict[str, np.ndarray]:
-        fields = self.zeros
-        if i >= 0:
-            example: dict[str, Any] = {}
-            try:
-                example = self._source[i]
-                fields = self._preprocess.pixels(example) if self.zeros else {}
-                self._rows[i] = self._row(example)
-            except BadExample as error:
-                fields = self.zeros
-                name = error.id or _text(example.get("id", f"[{i}]"))
-                shard = error.shard or example.get("shard", "")
-                self._rows[i] = _Row(name, shard, [], [], None, None, None, error)
-        for key, like in self.zeros.items():
-            if fields[key].shape != like.shape or fields[key].dtype != like.dtype:
-                raise UserError(
-                    f"{key} of example {i} is {fields[key].dtype}{list(fields[key].shape)}, that "
-                    f"of another {like.dtype}{list(like.shape)}; a batch needs equal ones"
-                )
-        return {**fields, "row": np.asarray(i, np.int64)}
-
-    def taken(self, i: int) -> _Row:
-        return self._rows.pop(i)
-
-    def _row(self, example: dict[str, Any]) -> _Row:
-        texts, label = [_text(text) for text in example["texts"]], example.get("label")
-        languages, weights = example.get("languages"), example.get("weights")
-        for parallel in (languages, weights):
-            if parallel is not None and len(parallel) != len(texts):
-                raise BadExample("damaged record", f"{len(parallel)} of {len(texts)} texts")
-        if label is not None and not -(2**63) <= label < 2**63:
-            raise BadExample("damaged record", f"its label is {label}")
-        return _Row(
-            _text(example["id"]),
-            example.get("shard", ""),
-            texts,
-            [self._preprocess.text(text) for text in texts] if self._texts else [],
-            None if languages is None else [_text(language) for language in languages],
-            None if weights is None else [float(weight) for weight in weights],
-            None if label is None else int(label),
-            None,
-        )
 
 
 class _DeviceWork:
@@ -298,7 +204,7 @@ class _Shard:
         self._batch_size, self._dtype = batch_size, dtype
         self._tokens: list[np.ndarray] = []
 
-    def add(self, rows: list[tuple[int, _Row]], images: dict[str, np.ndarray]) -> None:
+    def add(self, rows: list[tuple[int, Row]], images: dict[str, np.ndarray]) -> None:
         for i, row in rows:
             self._writer.row(
                 index=i,
@@ -391,7 +297,7 @@ class _Allowed:
         self._earlier, self._seen = self.met.count, 0
         self._check()
 
-    def add(self, rows: Sequence[_Row]) -> None:
+    def add(self, rows: Sequence[Row]) -> None:
         for row in rows:
             if row.bad is not None:
                 self.met.record(row.bad, row.id, row.shard)
@@ -423,30 +329,6 @@ def _embed_with(model: Any) -> Callable:
     return embed
 
 
-def _zeros(source: Any, preprocess: Any, what: Sequence[str]) -> dict[str, np.ndarray]:
-    """Empty rows: the fields of an image and `text`, as far as they are embedded."""
-    zeros: dict[str, np.ndarray] = {}
-    if "image" in what:
-        zeros |= {k: np.zeros_like(v) for k, v in _one(source, preprocess).items()}
-    if "text" in what:
-        zeros["text"] = np.zeros_like(preprocess.text(""))
-    return zeros
-
-
-def _one(source: Any, preprocess: Any) -> dict[str, np.ndarray]:
-    """The image of any good example, from all over the source."""
-    bad, tries = Bad(), min(TRIES, len(source))
-    for i in range(tries):
-        example: dict[str, Any] = {}
-        try:
-            example = source[i * len(source) // tries]
-            return preprocess.pixels(example)
-        except BadExample as error:
-            bad.record(error, _text(example.get("id", "")), example.get("shard", ""))
-    kinds = ", ".join(f"{count} {kind}" for kind, count in bad.kinds().items())
-    raise UserError(f"none of {tries} examples from all over can be used ({kinds}); {bad.worst()}")
-
-
 def _width(embed: Callable, params: Any, zeros: dict[str, np.ndarray], batch_size: int) -> int:
     """d, without computing anything."""
     batch = {k: jax.ShapeDtypeStruct((batch_size, *v.shape), v.dtype) for k, v in zeros.items()}
@@ -458,11 +340,6 @@ def _width(embed: Callable, params: Any, zeros: dict[str, np.ndarray], batch_siz
     if len(widths) > 1:
         raise UserError(f"embeddings of images and texts have different widths {sorted(widths)}")
     return widths.pop()
-
-
-def _text(value: Any) -> str:
-    """As it can be written: half a character pair becomes '?'."""
-    return str(value).encode("utf-8", "replace").decode("utf-8")
 
 
 def _check(what, dtype, shard_rows, process_index, process_count, batch_size, devices) -> None:

@@ -18,10 +18,9 @@ from jaxtyping import PyTree
 from input_pipeline.errors import UserError
 from siglip.checkpoints import workdir as workdir_format
 from siglip.checkpoints.errors import CheckpointError
+from siglip.checkpoints.weights import compare
 from siglip.checkpoints.workdir import FOLDER, steps_on_disk
 from trainers.rules import path_name
-
-_SHOWN = 5  # arrays named in a message, for each kind of difference
 
 
 @functools.cache
@@ -170,32 +169,13 @@ def _check_fits(path: pathlib.Path, saved: PyTree, wanted: PyTree, partial: bool
     have, want = _described(saved), _described(wanted)
     if partial:
         have = {name: what for name, what in have.items() if name.startswith("params/")}
-    missing = [f"{name} {want[name]}" for name in want if name not in have]
-    extra = [f"{name} {have[name]}" for name in have if name not in want]
-    other = [
-        f"{name} is {have[name]} there, {want[name]} in the model"
-        for name in want
-        if name in have and have[name] != want[name]
-    ]
-    parts = [
-        f"{len(found)} {what}: {_first(found)}"
-        for what, found in (
-            ("missing there", missing),
-            ("unknown to the model", extra),
-            ("of another shape or dtype", other),
-        )
-        if found
-    ]
-    if parts:
-        raise UserError(f"checkpoint {path} does not fit the model: arrays {'; '.join(parts)}")
+    try:
+        compare(have, want, where=f"checkpoint {path}", what="shape or dtype")
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
 
 
 def _described(tree: PyTree) -> dict[str, str]:
     """{'params/img/...': 'float32[768,768]'}, for abstract arrays and Orbax' metadata alike."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {path_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
-
-
-def _first(found: list[str]) -> str:
-    more = len(found) - _SHOWN
-    return ", ".join(found[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

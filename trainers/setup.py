@@ -21,7 +21,7 @@ from input_pipeline.mixture import Languages, Mixture, languages_of
 from input_pipeline.order import order_of
 from input_pipeline.transforms import Preprocess, make_preprocess
 from siglip import exchange
-from siglip.checkpoints.spec import EXTRA
+from siglip.checkpoints.spec import is_mc4
 from siglip.losses import Loss
 from siglip.pairs import log_odds
 from siglip.precomputed import Precomputed
@@ -62,8 +62,8 @@ def make_setup(config: Any) -> Setup:
     tokenizer = preprocess.tokenizer
     blocks = without(config.model)
     vocab_size = blocks["txt"].get("vocab_size") or tokenizer.vocab_size
-    if vocab_size < tokenizer.vocab_size <= vocab_size + EXTRA and vocab_size >= 1000 * EXTRA:
-        preprocess.rows = vocab_size  # mc4's: the last ids of its 250,100 occur in no text
+    if is_mc4(rows=vocab_size, vocab_size=tokenizer.vocab_size):
+        preprocess.rows = vocab_size
     elif vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"config.model.txt.vocab_size is {vocab_size}, but the tokenizer has "

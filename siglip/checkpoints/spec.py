@@ -22,7 +22,6 @@ from siglip.two_towers import TwoTowers, make_model
 
 FILE = "siglip.json"
 MOSTLY = 0.95  # of the rows of a token table, which a tokenizer has at least
-EXTRA = 100  # ids more than rows, at most: mc4's SentencePiece model ends in 100 of no text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,6 +305,12 @@ def load(path: pathlib.Path) -> Spec:
 # The contract
 
 
+def is_mc4(*, rows: int, vocab_size: int) -> bool:
+    """Whether they are those of SigLIP's multilingual models, whose SentencePiece model ends in 100
+    ids that occur in no text and have no row."""
+    return (rows, vocab_size) == (250_000, 250_100)
+
+
 def check_contract(
     spec: Spec, *, vocab_size: int, token_len: int, eos_id: int, pad_id: int, where: str
 ) -> None:
@@ -317,8 +322,8 @@ def check_contract(
     expected = spec.vocab_size or (spec.txt or {}).get("vocab_size")
     if spec.vocab_size is None and expected and MOSTLY * expected <= vocab_size <= expected:
         expected = vocab_size  # nobody knows it: the table may have rows that no text uses
-    if expected == 250_000 and vocab_size == expected + EXTRA:
-        expected = vocab_size  # mc4's, whose last ids no text has
+    if expected and is_mc4(rows=expected, vocab_size=vocab_size):
+        expected = vocab_size
     given = {
         "vocabulary": (expected, vocab_size, "ids; take its own tokenizer"),
         "text length": (spec.token_len, token_len, "tokens"),

@@ -12,7 +12,7 @@ from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.leaf import Leaf
 from siglip.checkpoints.spec import Spec
 
-SHOWN = 6  # differences in a message
+SHOWN = 5  # arrays named in a message, for each kind of difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,33 +74,32 @@ def insert(tree: dict[str, Any], name: str, value: Any) -> None:
 
 
 def compare(
-    have: Mapping[str, tuple[int, ...]],
-    want: Mapping[str, tuple[int, ...]],
-    *,
-    where: str,
-    renamed: Mapping[str, str] | None = None,
+    have: Mapping[str, Any], want: Mapping[str, Any], *, where: str, what: str = "shape"
 ) -> None:
-    """Raises CheckpointError with the arrays that differ in name or shape.
+    """Raises CheckpointError with the arrays that differ in name, or in what is said of them.
 
     Args:
-      have, want: of the file, of the model.
-      renamed: name of the model's -> name in the message.
+      have, want: of the file, of the model: name -> shape, or another description.
+      where, what: what is compared, for the message.
     """
-    shown = (renamed or {}).get
-    missing = [f"{shown(n, n)} {list(want[n])}" for n in want if n not in have]
-    extra = [f"{shown(n, n)} {list(have[n])}" for n in have if n not in want]
+
+    def shown(value: Any) -> str:
+        return str(list(value) if isinstance(value, tuple) else value)
+
+    missing = [f"{name} {shown(want[name])}" for name in want if name not in have]
+    extra = [f"{name} {shown(have[name])}" for name in have if name not in want]
     other = [
-        f"{shown(n, n)} is {list(have[n])} there, {list(want[n])} in the model"
-        for n in want
-        if n in have and tuple(have[n]) != tuple(want[n])
+        f"{name} is {shown(have[name])} there, {shown(want[name])} in the model"
+        for name in want
+        if name in have and have[name] != want[name]
     ]
     told = [
-        f"{len(found)} {what}: {', '.join(found[:SHOWN])}"
+        f"{len(found)} {kind}: {', '.join(found[:SHOWN])}"
         + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
-        for what, found in (
+        for kind, found in (
             ("missing there", missing),
             ("unknown to the model", extra),
-            ("of another shape", other),
+            (f"of another {what}", other),
         )
         if found
     ]

@@ -15,7 +15,7 @@ import pytest
 import tiny_embed
 from tiny_embed import BAD, EXAMPLES, SHARD, Model, Preprocess, Source
 
-from evaluators import embed_source, embedding_store
+from evaluators import embed_rows, embed_source, embedding_store
 from input_pipeline.errors import BadExample, UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -383,7 +383,7 @@ def test_the_hash_knows_names_shapes_types_and_bytes_and_no_places():
 @pytest.mark.parametrize("shards", [slice(None), slice(1, None, 2), slice(0, 1)], ids=str)
 def test_slots_hold_every_row_of_their_shards_once_in_whole_batches(examples, shards):
     mine = list(range(-(-examples // 20)))[shards]
-    slots = embed_source.Slots(examples, mine, 20, 8)
+    slots = embed_rows.Slots(examples, mine, 20, 8)
     places = [slots[i] for i in range(len(slots))]
     rows = [row for row in places if row >= 0]
     assert rows == [row for row in range(examples) if row // 20 in mine]
