@@ -99,8 +99,8 @@ def out_of_memory(config: Any, error: Exception) -> str:
 
 def run(flags: argparse.Namespace, rest: list[str]) -> int:
     # Imports take seconds, so they stand where they are first needed.
-    from trainers import distributed
-    from trainers.config import UserError
+    from trainers.config.complete import UserError
+    from trainers.machine import distributed
 
     try:
         config, decision = checked(flags, rest)
@@ -111,8 +111,8 @@ def run(flags: argparse.Namespace, rest: list[str]) -> int:
     import jax
 
     import trainers
-    from trainers.host_memory import keep_freed_memory
     from trainers.loop import Diverged, Interrupted, SaveError
+    from trainers.machine.host_memory import keep_freed_memory
 
     keep_freed_memory()
     try:
@@ -141,9 +141,9 @@ def checked(flags: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     """The config, which fits the workdir, and the other processes; UserError before any work."""
     import jax
 
-    from trainers import compilation, distributed
-    from trainers import config as configs
-    from trainers.config import UserError
+    from trainers.config import complete as configs
+    from trainers.config.complete import UserError
+    from trainers.machine import compilation, distributed
 
     overrides, rest = configs.split_overrides(rest)
     if rest:

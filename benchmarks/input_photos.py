@@ -15,10 +15,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from base.errors import UserError
 from benchmarks.loss_case import Mistake
-from input_pipeline.archive import Zip
-from input_pipeline.decode import decode
-from input_pipeline.errors import BadExample, UserError
+from input_pipeline.errors import BadExample
+from input_pipeline.sources.zip_file import Zip
+from input_pipeline.transforms.decode import decode
 
 WIDTH, HEIGHT, QUALITY, MEAN_BYTES = 500, 375, 95, 110_000
 GRAIN_PX = 0.6  # a grain is wider than a pixel, so that not all of it is lost in quantisation

@@ -17,10 +17,10 @@ from benchmarks.input_worker import Clock, Counted, open_source
 from benchmarks.loss_worker import Failed, serve
 from benchmarks.train_case import Case
 from benchmarks.train_ours import Ours
-from input_pipeline.device import to_device
 from input_pipeline.loader import train_batches
-from input_pipeline.tokenizers import Bytes
-from input_pipeline.transforms import make_preprocess
+from input_pipeline.transforms.preprocess import make_preprocess
+from input_pipeline.transforms.tokenizer import Bytes
+from siglip.sharding import to_device
 from trainers.loop import AHEAD
 
 SOURCE = "webdataset"

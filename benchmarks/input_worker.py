@@ -17,12 +17,12 @@ import simplejpeg
 
 from benchmarks.input_case import PATHS, RES, SOURCES, TOKEN_LEN, Job
 from benchmarks.loss_worker import Failed, serve
-from input_pipeline import SOURCES as CLASSES
 from input_pipeline.loader import Batches, train_batches
-from input_pipeline.memory import Memory
-from input_pipeline.tokenizers import Bytes
-from input_pipeline.transforms import make_preprocess
-from trainers.host_memory import keep_freed_memory
+from input_pipeline.sources.in_memory import Memory
+from input_pipeline.sources.registry import SOURCES as CLASSES
+from input_pipeline.transforms.preprocess import make_preprocess
+from input_pipeline.transforms.tokenizer import Bytes
+from trainers.machine.host_memory import keep_freed_memory
 
 
 class Clock:

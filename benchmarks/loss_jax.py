@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from siglip import losses, ring
+from siglip.losses import definitions, ring
 
 ROWS, REPLICATED = PartitionSpec("data"), PartitionSpec()
 ARGUMENTS = (0, 1, 2, 3)  # zimg, ztxt, t, b: all of them are differentiated
@@ -29,7 +29,7 @@ def make_mesh(devices: int) -> Mesh:
 
 
 def ours(mesh: Mesh, **options) -> Callable:
-    """siglip.ring.sigmoid_loss."""
+    """siglip.losses.ring.sigmoid_loss."""
     return functools.partial(ring.sigmoid_loss, mesh=mesh, **options)
 
 
@@ -40,7 +40,7 @@ def has_exchanges() -> bool:
 def xla_full(mesh: Mesh) -> Callable:
     """The definition of global arrays; XLA shards the N x N logits as it likes."""
     del mesh
-    return losses.sigmoid_loss
+    return definitions.sigmoid_loss
 
 
 def all_gather(mesh: Mesh) -> Callable:

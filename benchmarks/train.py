@@ -55,7 +55,7 @@ def make_parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     """Does what the command line says; the exit code."""
-    from trainers.config import UserError, split_overrides
+    from trainers.config.complete import UserError, split_overrides
 
     overrides, rest = split_overrides(argv)
     flags = make_parser().parse_args(rest)
@@ -130,8 +130,8 @@ def from_config(
     flag: str, overrides: list[tuple[str, str]], batch: int | None, precision: str | None
 ) -> Case:
     """The towers, resolution, text length and (by default) batch and precision of a config."""
-    from input_pipeline import TOKENIZERS
-    from trainers import config as configs
+    from input_pipeline.transforms.tokenizer import TOKENIZERS
+    from trainers.config import complete as configs
     from trainers.setup import chosen, without
 
     config: Any = configs.load(flag, overrides)
@@ -155,7 +155,7 @@ def make_case(
     """Raises Mistake for sizes that fit no tower or no device."""
     import jax
 
-    from siglip.two_towers import make_model
+    from siglip.towers.two_towers import make_model
 
     try:
         towers = make_model(**model)

@@ -24,7 +24,7 @@ class Case:
 
     Attributes:
       name: of the model, for tables.
-      model: arguments of siglip.two_towers.make_model.
+      model: arguments of siglip.towers.two_towers.make_model.
       img, txt: the sizes that follow from it: width, depth, mlp_dim, num_heads, pool, out_dim, and
         patch_size and drop_patches, or vocab_size and bottleneck.
       batch: pairs of a step, over all devices.

@@ -1,6 +1,6 @@
 """The worker that trains with this project: started by `benchmarks.train`.
 
-It runs the step of `main.py`: trainers.contrastive.make_update with AdamW and the ring loss, on a
+It runs the step of `main.py`: trainers.step.update.make_update with AdamW and the ring loss, on a
 mesh of all devices, from uint8 images on the host. `loss_worker` has the protocol.
 """
 
@@ -36,12 +36,12 @@ class Ours:
         import jax
         from ml_collections import ConfigDict
 
-        import siglip
+        from siglip.losses import LOSSES
         from siglip.sharding import make_mesh
-        from siglip.two_towers import make_model
-        from trainers import contrastive
-        from trainers.host_memory import keep_freed_memory
-        from trainers.optimizer import frozen_mask, make_tx
+        from siglip.towers.two_towers import make_model
+        from trainers.machine.host_memory import keep_freed_memory
+        from trainers.step import update
+        from trainers.step.optimizer import frozen_mask, make_tx
 
         self.on_cpu = jax.default_backend() == "cpu"
         if self.on_cpu:
@@ -56,11 +56,9 @@ class Ours:
         tx, schedule = make_tx(
             config, params, total_steps=10**6, batch_size=case.batch, examples_per_epoch=None
         )
-        abstract, init = contrastive.make_state(
-            self.model, tx, self.mesh, seed=0, inputs=(image, text)
-        )
-        self.loss_fn = siglip.LOSSES["sigmoid"](self.mesh)
-        self.update = contrastive.make_update(
+        abstract, init = update.make_state(self.model, tx, self.mesh, seed=0, inputs=(image, text))
+        self.loss_fn = LOSSES["sigmoid"](self.mesh)
+        self.update = update.make_update(
             self.model,
             self.loss_fn,
             tx,
@@ -71,7 +69,7 @@ class Ours:
             seed=0,
             log_every=LOG_EVERY,
         )
-        self.state, self.tally = init(), contrastive.new_tally(self.mesh)
+        self.state, self.tally = init(), update.new_tally(self.mesh)
         rng = np.random.default_rng(0)
         self.host = {
             "image": rng.integers(0, 256, (case.batch, *image.shape[1:]), np.uint8),
@@ -109,7 +107,7 @@ class Ours:
         """As in training, the next step is prepared while the last one runs."""
         import jax
 
-        from input_pipeline.device import to_device
+        from siglip.sharding import to_device
 
         for _ in range(steps):
             batch = to_device(self.host, self.mesh)
@@ -124,7 +122,7 @@ class Ours:
         """
         import jax
 
-        from input_pipeline.device import to_device
+        from siglip.sharding import to_device
 
         def embed(params, batch) -> Any:
             rngs = {"dropout": jax.random.key(0)}

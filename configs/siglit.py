@@ -1,6 +1,6 @@
 """SigLiT from embeddings that were computed once (arXiv 2303.15343, 4.1 and 4.4).
 
-  python -m trainers.embed --model siglip-b16-224 --source files path=pairs.jsonl --what image \
+  python -m programs.embed --model siglip-b16-224 --source files path=pairs.jsonl --what image \
 --out embedded
   python main.py --config configs/siglit.py:path=embedded,width=768,tokenizer=c4_en.model \
 --workdir runs/siglit
@@ -33,7 +33,7 @@ def get_config(
     total: str = "65000 steps",
 ) -> ConfigDict:
     if not path:
-        raise ValueError("pass path=FOLDER, which python -m trainers.embed has written")
+        raise ValueError("pass path=FOLDER, which python -m programs.embed has written")
     config = ConfigDict()
     config.total = total
     config.model = ConfigDict(

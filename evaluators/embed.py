@@ -10,11 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from evaluators.whole import ADVICE
-from input_pipeline import device, loader
-from input_pipeline.errors import BadExample, UserError
-from siglip.sharding import replicated
-from siglip.vit import IMAGE_FIELDS, images_of
+from base.errors import UserError
+from evaluators.strict_source import ADVICE
+from input_pipeline import loader
+from input_pipeline.errors import BadExample
+from siglip.sharding import replicated, to_device
+from siglip.towers.vit import IMAGE_FIELDS, images_of
 
 
 class Embedder:
@@ -110,7 +111,7 @@ def fetch(fn: Callable, params, batches: loader.Batches, mesh: Mesh) -> Iterator
     running = None
     with batches:  # an error leaves no threads behind
         for batch in batches:
-            started = fn(params, device.to_device(batch, mesh))
+            started = fn(params, to_device(batch, mesh))
             if running is not None:
                 yield jax.tree.map(np.asarray, running)
             running = started
@@ -127,7 +128,7 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
 
 
 def eval_image(preprocess, example: dict) -> dict[str, np.ndarray]:
-    """The image without augmentation, as fields of a row (siglip.vit.IMAGE_FIELDS). An evaluation
+    """The image without augmentation, as fields of a row (vit.IMAGE_FIELDS). An evaluation
     never skips one that does not decode.
 
     Raises:

@@ -13,13 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from base.errors import UserError
 from evaluators.embed import check_batch_size, eval_image, fetch, host_batches
-from evaluators.whole import ADVICE
-from input_pipeline.errors import UserError
-from siglip import pairs
-from siglip.pairs import Pairs
+from evaluators.strict_source import ADVICE
+from siglip.losses import pairs
+from siglip.losses.pairs import Pairs
 from siglip.sharding import replicated
-from siglip.vit import images_of
+from siglip.towers.vit import images_of
 
 
 class Evaluator:

@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Real
 
+from base.errors import UserError
 from evaluators.embed import Embedder, Tokens, tokenize
 from evaluators.ranks import Ranker, best_match_ranks
-from input_pipeline.canonicalize import canonicalize_text
-from input_pipeline.errors import UserError
+from input_pipeline.transforms.canonicalize import canonicalize_text
 
 KS = (1, 5, 10)
 

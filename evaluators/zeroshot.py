@@ -12,10 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from base.errors import UserError
 from evaluators.embed import Embedder, Tokens, eval_image, tokenize
 from evaluators.ranks import Ranker
-from input_pipeline.errors import UserError
-from input_pipeline.prompts import class_prompts, resolve_classnames, resolve_templates
+from input_pipeline.transforms.prompts import class_prompts, resolve_classnames, resolve_templates
 
 
 class Evaluator:

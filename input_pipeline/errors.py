@@ -1,8 +1,4 @@
-"""What can be wrong with what a user gives: the call, or one example of the data."""
-
-
-class UserError(ValueError):
-    """One line: what is wrong, where, what to do. main.py prints it without a traceback."""
+"""An example that cannot be used, and the kinds by which such examples are counted."""
 
 
 class BadExample(Exception):

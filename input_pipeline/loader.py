@@ -11,11 +11,12 @@ from typing import Any
 import grain
 import numpy as np
 
-from input_pipeline.bad import Bad
-from input_pipeline.corrupt import Corruption
-from input_pipeline.errors import KINDS, BadExample, UserError
+from base.errors import UserError
+from input_pipeline.bad_examples import Bad
+from input_pipeline.errors import KINDS, BadExample
 from input_pipeline.mixture import identity
 from input_pipeline.order import order_of
+from input_pipeline.transforms.corrupt import Corruption
 
 # A thread makes CHUNK rows at a time: not a whole batch, not one row. With whole batches all
 # threads finish theirs together, so the first takes num_threads times as long, and as many are in

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from input_pipeline.errors import UserError
+from base.errors import UserError
 from input_pipeline.order import Pattern, order_of
 
 

@@ -5,19 +5,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from siglip import ring
-
 if TYPE_CHECKING:
     from siglip.library import Model, load
 
-__all__ = ["LOSSES", "Model", "load"]
-
-# Config name -> factory (mesh, *, options) -> loss_fn(zimg, ztxt, t, b, mask) on global arrays. One
-# whose signature has `ids` or `seed` gets them too, see trainers/contrastive.py.
-LOSSES = {
-    "sigmoid": ring.make_sigmoid_loss,
-    "softmax": ring.make_softmax_loss,
-}
+__all__ = ["Model", "load"]
 
 
 def __getattr__(name: str) -> Any:

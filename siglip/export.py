@@ -26,14 +26,15 @@ import numpy as np
 from jax import export as jax_export
 from jaxtyping import Array
 
-from siglip.checkpoints import adapt, read, safetensors_file, spec
+from siglip.checkpoints import adapt, read, spec
 from siglip.checkpoints.convert import DONE, INTERRUPTED, MISTAKE, Parser
 from siglip.checkpoints.errors import CheckpointError
-from siglip.checkpoints.huggingface import folder_at_once
-from siglip.checkpoints.leaf import Leaf
+from siglip.checkpoints.files import safetensors_file
+from siglip.checkpoints.files.lazy_array import Leaf
+from siglip.checkpoints.formats.huggingface import folder_at_once
 from siglip.checkpoints.spec import Spec
 from siglip.checkpoints.weights import Weights, insert
-from siglip.vit import Patches
+from siglip.towers.vit import Patches
 
 PIXELS = ("uint8", "float32")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # known; a program holds those that are asked for

@@ -20,17 +20,19 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 from PIL import Image, ImageOps
 
-from input_pipeline import prompts, tokenizers
-from input_pipeline.errors import BadExample, UserError
-from input_pipeline.transforms import Preprocess, make_preprocess
+from base.errors import UserError
+from input_pipeline.errors import BadExample
+from input_pipeline.transforms import prompts
+from input_pipeline.transforms import tokenizer as tokenizers
+from input_pipeline.transforms.preprocess import Preprocess, make_preprocess
 from siglip import checkpoints, presets
 from siglip.checkpoints import adapt
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.spec import Spec, check_contract
 from siglip.checkpoints.weights import Weights
 from siglip.sharding import batch_sharding, local_mesh, replicated
-from siglip.two_towers import TwoTowers
-from siglip.vit import images_of
+from siglip.towers.two_towers import TwoTowers
+from siglip.towers.vit import images_of
 
 ImageLike = Any  # path | bytes | PIL.Image.Image | uint8 [h, w, 3] | uint8 [h, w]
 THREADS = min(16, os.cpu_count() or 1)
@@ -85,10 +87,10 @@ def load(
         and encode; by default the one beside the weights.
       dtype: of matmuls, 'float32' (exactly that, also on GPUs and TPUs) or 'bfloat16', which is
         faster there; embeddings are float32.
-      image: steps or preset of the image preprocessing (see input_pipeline.image_ops.PRESETS); by
+      image: steps or preset of the image preprocessing (image_ops.PRESETS); by
         default what the model was released or trained with.
       res, positions: another image size, to which position embeddings are resized by a method of
-        siglip.positions.METHODS.
+        siglip.towers.positions.METHODS.
       token_len, text_positions: another text length, by a method of TEXT_METHODS.
       batch_size: images or texts at a time, over all local devices. No result depends on it.
       progress: a progress bar; None: where there is a terminal and more than one batch.

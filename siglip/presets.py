@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from typing import Any
 
-from siglip.transformer import decode_variant
+from siglip.towers.transformer import decode_variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Preset:
       vocab_size: rows of the token table.
       tokenizer: 'c4_en' or 'mc4' (SentencePiece models made for T5), or 'gemma'.
       pad_id, eos_id: of texts; those that are too long keep EOS.
-      image: their preprocessing, a name of input_pipeline.image_ops.PRESETS.
+      image: their preprocessing, a name of input_pipeline.transforms.image_ops.PRESETS.
       token_len: positions of the text tower, to which every text is padded.
       text_head: the text tower ends in a Dense layer.
       max_patches: for NaFlex, of an image in `image`; None for the others.

@@ -60,3 +60,12 @@ def params_sharding(abstract_params, mesh: Mesh):
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(one, abstract_params)
+
+
+def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Global arrays from every process's rows, split by rows over all devices of the mesh.
+
+    It returns while the copy is under way.
+    """
+    rows = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}

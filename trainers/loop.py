@@ -13,20 +13,25 @@ import numpy as np
 from clu import parameter_overview
 from jax.experimental import multihost_utils
 
-from input_pipeline import loader, storage
-from input_pipeline.bad import Bad
-from input_pipeline.device import to_device
-from input_pipeline.errors import KINDS, UserError
-from siglip.vit import IMAGE_FIELDS
-from trainers import checkpointing, contrastive, initial, results, setup
-from trainers import config as configs
-from trainers.checkpointing import SaveError
-from trainers.clock import Clock
-from trainers.metrics import Writer
-from trainers.optimizer import frozen_mask, make_tx
-from trainers.preemption import Interrupted, StopNow, StopRequest
-from trainers.progress import Progress, memory
-from trainers.results import Results
+from base.errors import UserError
+from input_pipeline import loader
+from input_pipeline.bad_examples import Bad
+from input_pipeline.errors import KINDS
+from input_pipeline.sources import storage
+from siglip.sharding import to_device
+from siglip.towers.vit import IMAGE_FIELDS
+from trainers import setup
+from trainers.config import complete as configs
+from trainers.machine.preemption import Interrupted, StopNow, StopRequest
+from trainers.report import results
+from trainers.report.clock import Clock
+from trainers.report.metrics import Writer
+from trainers.report.progress import Progress, memory
+from trainers.report.results import Results
+from trainers.state import checkpointing, initial
+from trainers.state.checkpointing import SaveError
+from trainers.step import update as contrastive
+from trainers.step.optimizer import frozen_mask, make_tx
 
 __all__ = ["Diverged", "Interrupted", "SaveError", "evaluate", "train"]
 

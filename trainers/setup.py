@@ -10,25 +10,25 @@ import jax
 import numpy as np
 from absl import logging
 
-import siglip
+from base.errors import UserError
 from evaluators import EVALUATORS
-from evaluators.whole import Whole
-from input_pipeline import SOURCES, TOKENIZERS
-from input_pipeline.bad import Bad
-from input_pipeline.corrupt import Corruption
-from input_pipeline.errors import UserError
+from evaluators.strict_source import Whole
+from input_pipeline.bad_examples import Bad
 from input_pipeline.mixture import Languages, Mixture, languages_of
 from input_pipeline.order import order_of
-from input_pipeline.transforms import Preprocess, make_preprocess
-from siglip import exchange
+from input_pipeline.sources.registry import SOURCES
+from input_pipeline.transforms.corrupt import Corruption
+from input_pipeline.transforms.preprocess import Preprocess, make_preprocess
+from input_pipeline.transforms.tokenizer import TOKENIZERS
 from siglip.checkpoints.spec import is_mc4
-from siglip.losses import Loss
-from siglip.pairs import log_odds
-from siglip.precomputed import Precomputed
+from siglip.losses import LOSSES, exchange
+from siglip.losses.definitions import Loss
+from siglip.losses.pairs import log_odds
 from siglip.sharding import make_mesh, params_sharding
-from siglip.two_towers import TwoTowers, make_model
-from siglip.vit import Patches, images_of
-from trainers import durations
+from siglip.towers.precomputed import Precomputed
+from siglip.towers.two_towers import TwoTowers, make_model
+from siglip.towers.vit import Patches, images_of
+from trainers.config import durations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def make_setup(config: Any) -> Setup:
         model = make_model(**blocks)
     _check_images(preprocess, model.img)
     with mistakes_of("loss"):
-        loss_fn = siglip.LOSSES[config.loss.name](mesh, **without(config.loss, "name"))
+        loss_fn = LOSSES[config.loss.name](mesh, **without(config.loss, "name"))
     return Setup(config, mesh, preprocess, model, loss_fn)
 
 
@@ -230,7 +230,7 @@ def make_evaluators(setup: Setup) -> dict[str, Any]:
 def describe_loss(setup: Setup) -> str:
     """The loss in a line: its settings, and the exchange with the estimates it was chosen by."""
     config, mesh = setup.config, setup.mesh
-    known = inspect.signature(siglip.LOSSES[config.loss.name]).parameters
+    known = inspect.signature(LOSSES[config.loss.name]).parameters
     told = "".join(
         f", {key} {value}"
         for key, value in without(config.loss, "name").items()

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from base.errors import UserError
 from input_pipeline.convert.writers import WRITERS, Row
-from input_pipeline.errors import BadExample, UserError
-from input_pipeline.storage import one_line
-from input_pipeline.webdataset import IMAGES
+from input_pipeline.errors import BadExample
+from input_pipeline.sources.storage import one_line
+from input_pipeline.sources.webdataset.source import IMAGES
 
 STATE = "conversion.json"  # in the folder: what was asked for, and what became of each shard
 THREADS, AHEAD = 8, 64  # that read, and examples that are in memory

@@ -4,8 +4,15 @@ this project's own checkpoints. Nothing is ever unpickled."""
 import pathlib
 
 from siglip import presets
-from siglip.checkpoints import big_vision, hub, huggingface, open_clip, random, workdir
 from siglip.checkpoints.errors import CheckpointError
+from siglip.checkpoints.formats import (
+    big_vision,
+    hub,
+    huggingface,
+    open_clip_format,
+    random_weights,
+    workdir,
+)
 from siglip.checkpoints.spec import Spec
 from siglip.checkpoints.weights import Weights
 
@@ -15,7 +22,7 @@ __all__ = ["FORMATS", "CheckpointError", "Spec", "Weights", "read", "write"]
 FORMATS = {
     "huggingface": huggingface.write,
     "big_vision": big_vision.write,
-    "open_clip": open_clip.write,
+    "open_clip": open_clip_format.write,
 }
 
 
@@ -32,15 +39,15 @@ def read(source: str | pathlib.Path) -> Weights:
       CheckpointError: there is nothing, it is damaged, or it is no SigLIP model. One line.
     """
     name, path = str(source), pathlib.Path(source)
-    if name.startswith(random.PREFIX):
-        return random.read(name)
+    if name.startswith(random_weights.PREFIX):
+        return random_weights.read(name)
     if path.is_file():
         if path.suffix == ".npz":
             return big_vision.read(path)
         if path.suffix == ".safetensors":
             # By its name: a folder may hold the files of both, or another model's beside them.
             theirs = path.name.startswith("model") and (path.parent / "config.json").exists()
-            return huggingface.read(path.parent) if theirs else open_clip.read(path)
+            return huggingface.read(path.parent) if theirs else open_clip_format.read(path)
         raise CheckpointError(
             f"{path} ends in neither .npz nor .safetensors; nothing else is read (a .bin, .pt or "
             ".pkl is a pickle, which can run any program: convert it to safetensors)"
@@ -48,13 +55,13 @@ def read(source: str | pathlib.Path) -> Weights:
     if path.is_dir():
         if workdir.is_one(path):
             return workdir.read(path)
-        if (path / open_clip.MODEL).exists():
-            return open_clip.read(path)
+        if (path / open_clip_format.MODEL).exists():
+            return open_clip_format.read(path)
         if (path / "config.json").exists():
             return huggingface.read(path)
         raise CheckpointError(
             f"{path} holds neither a run of this project ({workdir.FOLDER}/<step>) nor config.json "
-            f"(Hugging Face) nor {open_clip.MODEL}"
+            f"(Hugging Face) nor {open_clip_format.MODEL}"
         )
     if path.suffix in (".npz", ".safetensors") or path.is_absolute():
         raise CheckpointError(f"{path}: there is no such file or folder")

@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from siglip import positions
 from siglip.checkpoints.errors import CheckpointError
-from siglip.checkpoints.leaf import Leaf
+from siglip.checkpoints.files.lazy_array import Leaf
 from siglip.checkpoints.weights import Weights
+from siglip.towers import positions
 
 IMAGE, TEXT = "img/pos_embedding", "txt/pos_embedding"
 

@@ -8,21 +8,13 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from siglip import positions
-from siglip.checkpoints import (
-    FORMATS,
-    adapt,
-    hf_tokenizer,
-    huggingface,
-    names,
-    open_clip,
-    read,
-    write,
-)
+from siglip.checkpoints import FORMATS, adapt, read, write
 from siglip.checkpoints.errors import CheckpointError
-from siglip.checkpoints.leaf import Leaf
+from siglip.checkpoints.files.lazy_array import Leaf
+from siglip.checkpoints.formats import hf_tokenizer, huggingface, names, open_clip_format
 from siglip.checkpoints.spec import check_contract
 from siglip.checkpoints.weights import Weights, report
+from siglip.towers import positions
 
 DONE, MISTAKE, INTERRUPTED = 0, 2, 85
 
@@ -94,7 +86,7 @@ def convert(flags: argparse.Namespace) -> int:
         raise CheckpointError(f"{target} is there already; choose another name, or delete it")
     weights = adapted(read(flags.source), flags)
     if format == "open_clip":
-        open_clip.check(weights.spec)
+        open_clip_format.check(weights.spec)
     elif format == "huggingface":
         huggingface.check_expressible(weights.spec, format)
     if not flags.quiet:

@@ -17,8 +17,8 @@ import numpy as np
 
 from siglip import presets
 from siglip.checkpoints.errors import CheckpointError
-from siglip.transformer import SIZES, VARIANTS
-from siglip.two_towers import TwoTowers, make_model
+from siglip.towers.transformer import SIZES, VARIANTS
+from siglip.towers.two_towers import TwoTowers, make_model
 
 FILE = "siglip.json"
 MOSTLY = 0.95  # of the rows of a token table, which a tokenizer has at least
@@ -65,11 +65,11 @@ class Spec:
     @property
     def embedding_dim(self) -> int:
         if self.img is not None:
-            from siglip.vit import make_vit
+            from siglip.towers.vit import make_vit
 
             vit = make_vit(**self.img)
             return vit.out_dim or vit.width
-        from siglip.text import make_text
+        from siglip.towers.text import make_text
 
         tower = make_text(**self.txt or {})
         return tower.out_dim or tower.width
@@ -110,7 +110,7 @@ class Spec:
 
     def inputs(self) -> tuple[Any, np.ndarray]:
         """An image and a text of zeros."""
-        from siglip.vit import Patches
+        from siglip.towers.vit import Patches
 
         text = np.zeros((1, self.token_len or 1), np.int32)
         if self.img is None or self.img["variant"] == "precomputed":

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from siglip.checkpoints.errors import CheckpointError
-from siglip.checkpoints.leaf import Leaf
+from siglip.checkpoints.files.lazy_array import Leaf
 from siglip.checkpoints.spec import Spec
 
 SHOWN = 5  # arrays named in a message, for each kind of difference

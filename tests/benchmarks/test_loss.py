@@ -16,7 +16,7 @@ from benchmarks import loss as command
 from benchmarks import loss_case, loss_curve, loss_jax, loss_report, loss_systems
 from benchmarks.loss_case import Case, Mistake
 from benchmarks.loss_worker import Failed
-from siglip import losses
+from siglip.losses import definitions
 
 NO_PEERS = {"versions": {}, "gpus": 0, "open_clip_chunks": False}
 
@@ -42,7 +42,7 @@ def test_every_jax_form_equals_the_definition_with_all_gradients(form, devices):
     shapes = loss_jax.Shapes(16, 32, "float32")
     x, y = (jax.random.normal(jax.random.key(k), (16, 32)) for k in range(2))
     args = (jax.nn.standardize(x) / 6, y / 6, jnp.float32(9), jnp.float32(-5))
-    want, want_grads = jax.value_and_grad(losses.sigmoid_loss, argnums=(0, 1, 2, 3))(*args)
+    want, want_grads = jax.value_and_grad(definitions.sigmoid_loss, argnums=(0, 1, 2, 3))(*args)
     program = loss_jax.compile_loss(loss_jax.make_mesh(devices), shapes, form)
     got, grads = program(*jax.device_put(args, tuple(loss_jax.shardings(program))))
     np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -68,7 +68,7 @@ def test_inputs_are_a_trained_state_and_the_reference_is_the_definition_in_float
     assert loss_case.write_reference(case, tmp_path, limit_s=60) == ""
     with jax.enable_x64(True):
         args = [jnp.asarray(z, jnp.float64) for z in (zimg, ztxt, loss_case.T, loss_case.B)]
-        loss, grads = jax.value_and_grad(losses.sigmoid_loss, argnums=(0, 1, 2, 3))(*args)
+        loss, grads = jax.value_and_grad(definitions.sigmoid_loss, argnums=(0, 1, 2, 3))(*args)
         for name, want in zip((*loss_case.GRADIENTS, "loss"), (*grads, loss)):
             part = loss_case.squares(tmp_path, name, np.asarray(want))
             assert loss_case.relative_error([part]) < 1e-12, name

@@ -14,7 +14,7 @@ from benchmarks.loss_case import Mistake
 from benchmarks.loss_worker import Worker
 from benchmarks.train_case import MODELS, forward_flops, peak_flops, step_flops
 from benchmarks.train_others import Others
-from siglip.two_towers import make_model
+from siglip.towers.two_towers import make_model
 
 ONE_DEVICE = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 

@@ -14,13 +14,13 @@ import tensorflow_datasets as tfds
 
 import main as program
 from configs import _released
-from input_pipeline import SOURCES
+from input_pipeline.sources.registry import SOURCES
 from siglip import presets
 from siglip.checkpoints import spec
-from siglip.two_towers import make_model
-from trainers import config as configs
+from siglip.towers.two_towers import make_model
 from trainers import setup
-from trainers.rules import match_rules, path_names
+from trainers.config import complete as configs
+from trainers.step.rules import match_rules, path_names
 
 FOLDER = pathlib.Path(program.__file__).parent / "configs"
 FILES = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
@@ -87,7 +87,7 @@ def test_every_config_takes_batch_size_and_res(name):
 
 
 def test_the_reference_run_is_that_of_the_paper():
-    """arXiv 2303.15343, 4.2 and table 1; wd in the sense of trainers/optimizer.py."""
+    """arXiv 2303.15343, 4.2 and table 1; wd in the sense of trainers/step/optimizer.py."""
     config = flat(load("siglip_b16").to_dict())
     expected = {
         "total": "9e9 examples",

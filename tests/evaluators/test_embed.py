@@ -2,9 +2,9 @@ import jax
 import numpy as np
 import pytest
 
+from base.errors import UserError
+from evaluators import embed
 from evaluators.embed import Embedder, eval_image, tokenize, unique_rows
-from input_pipeline import device
-from input_pipeline.errors import UserError
 
 
 def expected_images(source):
@@ -26,13 +26,13 @@ def test_every_example_once_in_order_for_any_mesh_and_batch(fakes, mesh_shape, b
 
 def test_rows_that_the_mesh_reorders_come_back_in_order(fakes, monkeypatch):
     # On TPU pods a mesh orders devices by their links, so processes' rows interleave.
-    to_device = device.to_device
+    to_device = embed.to_device
 
     def interleaved(batch, mesh):
         order = np.arange(len(batch["mask"])).reshape(2, -1).T.ravel()
         return to_device({k: v[order] for k, v in batch.items()}, mesh)
 
-    monkeypatch.setattr(device, "to_device", interleaved)
+    monkeypatch.setattr(embed, "to_device", interleaved)
     source = fakes.random_source(13)
     z = Embedder(fakes.Model(), fakes.mesh(4), fakes.Preprocess(), 8).images(fakes.params(), source)
     np.testing.assert_allclose(z, expected_images(source), atol=1e-6)
@@ -66,7 +66,7 @@ def test_each_device_embeds_its_share_of_the_batch(fakes):
     mesh = fakes.mesh(4, 2)
     embedder = Embedder(fakes.Model(), mesh, fakes.Preprocess(), 16)
     batch = {"image": np.zeros((16, 2, 2, 3), np.uint8), "mask": np.ones(16, bool)}
-    lowered = embedder._embed.lower(fakes.params(), device.to_device(batch, mesh))
+    lowered = embedder._embed.lower(fakes.params(), embed.to_device(batch, mesh))
     compiled = lowered.compile().as_text()
     assert "u8[2,2,2,3]" in compiled and "u8[16,2,2,3]" not in compiled
 

@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
+from base.errors import UserError
 from evaluators.retrieval import (
     Evaluator,
     i2t_chance,
@@ -10,7 +11,6 @@ from evaluators.retrieval import (
     t2i_chance,
     text_to_image_retrieval_eval,
 )
-from input_pipeline.errors import UserError
 
 # Ranks of the right candidate for 12 queries: 3 are first, 5 among 5, 8 among 10.
 RANKS = np.array([0, 0, 0, 4, 4, 5, 9, 9, 10, 11, 11, 11])

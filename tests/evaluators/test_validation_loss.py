@@ -3,14 +3,14 @@ import math
 import numpy as np
 import pytest
 
+from base.errors import UserError
 from evaluators.loss import Evaluator
-from input_pipeline.errors import UserError
-from siglip import losses, ring
-from siglip.pairs import Pairs
+from siglip.losses import definitions, ring
+from siglip.losses.pairs import Pairs
 
 
 def run(
-    fakes, source, params, loss_fn=losses.sigmoid_loss, mesh_shape=(2, 1), batch_size=4, b=-1.0
+    fakes, source, params, loss_fn=definitions.sigmoid_loss, mesh_shape=(2, 1), batch_size=4, b=-1.0
 ):
     args = (fakes.Model(b), fakes.mesh(*mesh_shape), fakes.Preprocess(), source, loss_fn)
     ((name, value, chance),) = list(Evaluator(*args, batch_size=batch_size).run(params))
@@ -30,7 +30,7 @@ def by_batches(fakes, source, params, batch_size):
     total = 0.0
     for start in range(0, len(source), batch_size):
         rows = slice(start, start + batch_size)
-        loss = losses.sigmoid_loss(zimg[rows], ztxt[rows], **scalars)
+        loss = definitions.sigmoid_loss(zimg[rows], ztxt[rows], **scalars)
         total += float(loss) * len(zimg[rows])
     return total / len(source)
 
@@ -69,20 +69,20 @@ def test_a_model_that_knows_only_the_prior_scores_the_chance_level(fakes):
     assert value == pytest.approx(chance, rel=1e-5)
     p = 1 / n
     assert chance == pytest.approx(-n * (p * math.log(p) + (1 - p) * math.log(1 - p)))
-    value, chance = run(fakes, source, params, losses.softmax_loss, batch_size=n, b=None)
+    value, chance = run(fakes, source, params, definitions.softmax_loss, batch_size=n, b=None)
     assert value == pytest.approx(chance, rel=1e-5)
     assert chance == pytest.approx(math.log(n))
 
 
 def test_chance_of_a_short_last_batch_is_that_of_its_pairs(fakes):
     source, params = fakes.random_source(11), fakes.params()
-    _, chance = run(fakes, source, params, losses.softmax_loss, batch_size=8, b=None)
+    _, chance = run(fakes, source, params, definitions.softmax_loss, batch_size=8, b=None)
     assert chance == pytest.approx((8 * math.log(8) + 3 * math.log(3)) / 11)
 
 
 def test_a_loss_can_bring_its_own_chance_level(fakes):
     def loss_fn(zimg, ztxt, t, b, mask):
-        return losses.softmax_loss(zimg, ztxt, t, b, mask)
+        return definitions.softmax_loss(zimg, ztxt, t, b, mask)
 
     loss_fn.chance = lambda n: 100.0 + n
     source, params = fakes.random_source(8), fakes.params()

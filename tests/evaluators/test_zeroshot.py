@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from base.errors import UserError
 from evaluators.zeroshot import Evaluator, unit_mean
-from input_pipeline.errors import UserError
 
 
 def run(fakes, source, params, mesh_shape=(2, 1), batch_size=4, templates="{}", **kw):

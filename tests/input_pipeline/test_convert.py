@@ -23,17 +23,18 @@ from PIL import Image
 from tensorboardX.record_writer import masked_crc32c
 
 import input_pipeline
-from input_pipeline import source_settings, storage
-from input_pipeline.array_record import ArrayRecord
+from base.errors import UserError
 from input_pipeline.convert import __main__ as command
 from input_pipeline.convert import conversion, tfds_files, writers
-from input_pipeline.emoji import Emoji
-from input_pipeline.errors import BadExample, UserError
-from input_pipeline.files import Files
-from input_pipeline.memory import Memory
-from input_pipeline.parquet import Parquet
-from input_pipeline.tfds import Tfds
-from input_pipeline.webdataset import WebDataset
+from input_pipeline.errors import BadExample
+from input_pipeline.sources import from_words, storage
+from input_pipeline.sources.array_record import ArrayRecord
+from input_pipeline.sources.emoji import Emoji
+from input_pipeline.sources.files import Files
+from input_pipeline.sources.in_memory import Memory
+from input_pipeline.sources.parquet import Parquet
+from input_pipeline.sources.tfds import Tfds
+from input_pipeline.sources.webdataset.source import WebDataset
 
 READERS: dict[str, Any] = {
     "array_record": ArrayRecord,
@@ -347,7 +348,7 @@ def test_settings_are_of_the_type_that_the_source_wants(tmp_path, monkeypatch):
                      pairs: tuple[tuple[str, float], ...] = ()):  # fmt: skip
             self.given = path, n, p, some, pairs
 
-    monkeypatch.setattr(source_settings, "SOURCES", {"s": Source})
+    monkeypatch.setattr(from_words, "SOURCES", {"s": Source})
     words = ["s", "path=2024", "n=3", "p=1", "some=('a', 1.0)", "pairs=(('a', 1.0),)"]
     assert command.make_source(words).given == ("2024", 3, 1.0, ("a", 1.0), (("a", 1.0),))
     words = ["s", "path='2024'", "some=train[:9%]"]

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from base.errors import UserError
 from input_pipeline import loader
-from input_pipeline.bad import Bad
-from input_pipeline.errors import KINDS, BadExample, UserError
-from input_pipeline.memory import Memory
-from input_pipeline.tokenizers import Bytes
-from input_pipeline.transforms import make_preprocess
+from input_pipeline.bad_examples import Bad
+from input_pipeline.errors import KINDS, BadExample
+from input_pipeline.sources.in_memory import Memory
+from input_pipeline.transforms.preprocess import make_preprocess
+from input_pipeline.transforms.tokenizer import Bytes
 
 
 class Preprocess:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from base.errors import UserError
 from input_pipeline import loader
-from input_pipeline.errors import UserError
 from input_pipeline.mixture import Languages, Mixture
 
 

@@ -13,10 +13,12 @@ import pytest
 from jax import export as jax_export
 
 from siglip import export as exporting
-from siglip.checkpoints import CheckpointError, Spec, random, safetensors_file
-from siglip.checkpoints.leaf import of_array
+from siglip.checkpoints import CheckpointError, Spec
+from siglip.checkpoints.files import safetensors_file
+from siglip.checkpoints.files.lazy_array import of_array
+from siglip.checkpoints.formats import random_weights
 from siglip.export import Options, export
-from siglip.vit import Patches
+from siglip.towers.vit import Patches
 
 SQUARES = Spec(
     img={"variant": "mu/16"},
@@ -30,7 +32,7 @@ NAFLEX = dataclasses.replace(SQUARES, img={"variant": "mu/16", "naflex_grid": 4}
 
 @pytest.fixture(scope="module")
 def weights():
-    return random.make(SQUARES, "squares")
+    return random_weights.make(SQUARES, "squares")
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +116,7 @@ def test_the_folder_says_what_the_model_must_be_given(weights, folder):
 
 
 def test_naflex_takes_any_number_of_patches(tmp_path):
-    weights = random.make(NAFLEX, "naflex")
+    weights = random_weights.make(NAFLEX, "naflex")
     export(weights.only("img"), tmp_path / "x", Options())
     assert "(values, mask, shape)" in (tmp_path / "x" / "README.txt").read_text()
     given = patches(4, 20)
@@ -137,7 +139,7 @@ def test_one_tower_is_exported_alone(weights, tower, name, tmp_path):
 
 def test_embeddings_that_are_data_leave_the_text_tower_and_the_scalars(tmp_path):
     made = dataclasses.replace(SQUARES, img={"variant": "precomputed", "width": 32}, bias=False)
-    export(random.make(made), tmp_path / "x", Options())
+    export(random_weights.make(made), tmp_path / "x", Options())
     names = {file.name for file in (tmp_path / "x").iterdir()}
     assert "text.stablehlo" in names and "image.stablehlo" not in names
     assert json.loads((tmp_path / "x" / "scalars.json").read_text())["b"] == 0

@@ -16,9 +16,10 @@ from PIL import Image
 
 import siglip
 from evaluators import embed, zeroshot
-from input_pipeline import tokenizers
+from input_pipeline.transforms import tokenizer
 from siglip import checkpoints, library
-from siglip.checkpoints import CheckpointError, random
+from siglip.checkpoints import CheckpointError
+from siglip.checkpoints.formats import random_weights
 from siglip.checkpoints.spec import Spec
 
 ROOT = pathlib.Path(siglip.__file__).parents[1]
@@ -34,7 +35,7 @@ SPEC = Spec(
 
 
 def weights(**changes):
-    return random.make(dataclasses.replace(SPEC, **changes), "library")
+    return random_weights.make(dataclasses.replace(SPEC, **changes), "library")
 
 
 @pytest.fixture(scope="module")
@@ -261,12 +262,12 @@ def test_texts_need_a_tokenizer(tmp_path):
     assert model.encode_image(NOISE[0]).shape == (32,)
     with pytest.raises(ValueError, match=r"^[^\n]*without its tokenizer; pass siglip.load[^\n]*$"):
         model.encode_text("a cat")
-    other = siglip.load(tmp_path / "a.npz", tokenizer=tokenizers.Bytes())
+    other = siglip.load(tmp_path / "a.npz", tokenizer=tokenizer.Bytes())
     assert other.encode_text("a cat").shape == (32,)
 
 
 def test_another_tokenizer_is_refused(folder):
-    class Other(tokenizers.Bytes):
+    class Other(tokenizer.Bytes):
         vocab_size = 300
 
     with pytest.raises(CheckpointError, match="vocabulary 300 where it expects 259"):
@@ -277,7 +278,7 @@ def test_another_tokenizer_is_refused(folder):
 
 
 def test_a_token_without_a_row_is_refused_and_never_nan(folder):
-    class Odd(tokenizers.Bytes):
+    class Odd(tokenizer.Bytes):
         def encode(self, text):
             return [259] if "odd" in text else super().encode(text)
 

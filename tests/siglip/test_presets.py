@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from input_pipeline.image_ops import PRESETS as IMAGE_PRESETS
+from input_pipeline.transforms.image_ops import PRESETS as IMAGE_PRESETS
 from siglip import presets
-from siglip.transformer import VARIANTS
-from siglip.two_towers import make_model
-from siglip.vit import Patches
+from siglip.towers.transformer import VARIANTS
+from siglip.towers.two_towers import make_model
+from siglip.towers.vit import Patches
 
 ALL = list(presets.PRESETS.values())
 SQUARE = [p for p in ALL if not p.naflex]

@@ -15,13 +15,13 @@ from PIL import Image
 from tiny_run import BATCH, EXAMPLES, STEPS, Tiny, assert_same_state, events, saved, steps_with
 
 import main as program
+from base.errors import UserError
 from evaluators import retrieval
 from input_pipeline import loader
-from input_pipeline.errors import UserError
-from input_pipeline.files import Files
+from input_pipeline.sources.files import Files
 from siglip import sharding
-from trainers import config as configs
 from trainers import loop
+from trainers.config import complete as configs
 
 pytestmark = pytest.mark.slow  # the first run compiles everything, the others live on its cache
 

@@ -12,9 +12,9 @@ import pytest
 
 import main as program
 import trainers
-from input_pipeline.errors import UserError
-from trainers import config as configs
+from base.errors import UserError
 from trainers import loop
+from trainers.config import complete as configs
 
 MAIN = pathlib.Path(program.__file__)
 CONFIG = """\

@@ -12,16 +12,16 @@ import pytest
 from jax.sharding import AxisType
 from tiny_run import Tiny, events, losses, results
 
+from base.errors import UserError
 from evaluators.embed import eval_image
-from input_pipeline.device import to_device
-from input_pipeline.errors import UserError
 from input_pipeline.loader import train_batches
-from input_pipeline.memory import Memory
-from siglip import ring
-from siglip.sharding import AXES, make_mesh
-from siglip.two_towers import make_model
-from siglip.vit import Patches, images_of
-from trainers import contrastive, setup
+from input_pipeline.sources.in_memory import Memory
+from siglip.losses import ring
+from siglip.sharding import AXES, make_mesh, to_device
+from siglip.towers.two_towers import make_model
+from siglip.towers.vit import Patches, images_of
+from trainers import setup
+from trainers.step import update as contrastive
 
 SIZES = dict(width=32, depth=1, mlp_dim=64, num_heads=2)
 NAFLEX = {
@@ -138,7 +138,7 @@ def test_only_the_text_side_of_a_precomputed_tower_learns():
 
 @pytest.mark.parametrize("microbatch", [0, 8])
 def test_a_precomputed_tower_saves_its_matmul_and_its_hops_in_the_loss(microbatch):
-    # As tests/trainers/test_contrastive.py counts for a frozen tower: embeddings and mask make
+    # As tests/trainers/step/test_update.py counts for a frozen tower: embeddings and mask make
     # D - 1 hops each and an accumulator would make D; logit statistics have 2 in a loop.
     mesh = make_mesh()
     it = make("embeddings", mesh, microbatch=microbatch, exchange="ring", unroll=8)

@@ -6,11 +6,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from input_pipeline.errors import BadExample, UserError
+from base.errors import UserError
+from input_pipeline.errors import BadExample
 from input_pipeline.mixture import Mixture
 from siglip.sharding import make_mesh
-from trainers import config as configs
 from trainers import setup
+from trainers.config import complete as configs
 
 QUICKSTART = pathlib.Path(setup.__file__).parents[1] / "configs" / "quickstart.py"
 

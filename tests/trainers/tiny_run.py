@@ -13,8 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import main as program
-from trainers import config as configs
 from trainers import loop
+from trainers.config import complete as configs
 
 MAIN = pathlib.Path(program.__file__)
 TEMPLATE = """\

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from tiny_models import TINY, arrays, one_line, tiny
 
-from siglip import positions
 from siglip.checkpoints import CheckpointError, adapt
+from siglip.towers import positions
 
 
 @pytest.mark.parametrize("method", positions.METHODS)

@@ -13,15 +13,10 @@ import tokenizers as hf
 from tiny_models import TINY, arrays, tiny
 
 from siglip import checkpoints
-from siglip.checkpoints import (
-    CheckpointError,
-    big_vision,
-    convert,
-    npz_file,
-    random,
-    safetensors_file,
-)
-from siglip.checkpoints.leaf import of_array
+from siglip.checkpoints import CheckpointError, convert
+from siglip.checkpoints.files import npz_file, safetensors_file
+from siglip.checkpoints.files.lazy_array import of_array
+from siglip.checkpoints.formats import big_vision, random_weights
 
 ROOT = pathlib.Path(convert.__file__).parents[2]
 
@@ -193,7 +188,7 @@ def test_it_runs_as_a_module(source, tmp_path):
 
 def test_an_image_tower_is_taken_from_another_model(tmp_path):
     """As for a text tower that was trained on embeddings."""
-    text = random.make(
+    text = random_weights.make(
         dataclasses.replace(TINY, img={"variant": "precomputed", "width": 32}, res=None), "a"
     )
     image, target = tiny(), tmp_path / "joined"

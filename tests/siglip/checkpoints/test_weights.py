@@ -9,7 +9,7 @@ from tiny_models import TINY, arrays, files, one_line, tiny, without_paths
 
 from siglip import checkpoints
 from siglip.checkpoints import CheckpointError, adapt, weights
-from siglip.checkpoints.leaf import Leaf, of_array
+from siglip.checkpoints.files.lazy_array import Leaf, of_array
 from siglip.presets import PRESETS
 
 WRITTEN = {

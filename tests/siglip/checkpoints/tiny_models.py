@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from siglip.checkpoints import random
+from siglip.checkpoints.formats import random_weights
 from siglip.checkpoints.spec import Spec
 from siglip.checkpoints.weights import Weights
 
@@ -23,7 +23,7 @@ TINY = Spec(
 
 def tiny(**changes) -> Weights:
     """Random weights of TINY with other fields."""
-    return random.make(dataclasses.replace(TINY, **changes), "tiny")
+    return random_weights.make(dataclasses.replace(TINY, **changes), "tiny")
 
 
 def arrays(weights: Weights) -> dict[str, tuple]:

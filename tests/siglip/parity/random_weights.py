@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from siglip.checkpoints import Spec, Weights
-from siglip.checkpoints.leaf import of_array
+from siglip.checkpoints.files.lazy_array import of_array
 
 TOWER = ("width", "depth", "mlp_dim", "num_heads")
 T_PRIME, B = 4.7, -12.0  # as released models end

@@ -9,7 +9,7 @@ from random_weights import T_PRIME, B, difference, embed, random_inputs, random_
 
 from siglip import checkpoints
 from siglip.checkpoints import Spec
-from siglip.vit import Patches
+from siglip.towers.vit import Patches
 
 TOLERANCE = {"image_embeds": 1e-6, "text_embeds": 1e-6, "logits_per_image": 1e-5}
 SQUARE = {

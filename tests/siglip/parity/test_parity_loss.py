@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from siglip import ring
-from siglip.exchange import EXCHANGES
+from siglip.losses import ring
+from siglip.losses.exchange import EXCHANGES
 
 N, D_EMBED = 48, 64
 DIST_IMPLS = ["bidir", "shift", "reduce", "gather"]  # all that open_clip has

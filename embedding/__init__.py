@@ -1,0 +1,1 @@
+"""A data set -> embeddings on disk -> neighbours."""

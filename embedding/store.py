@@ -1,0 +1,338 @@
+"""The folder of embeddings while it is written: shards that are there or not, whatever kills us.
+
+What the files are: see input_pipeline/sources/embeddings.py, which reads them.
+"""
+
+import fcntl
+import json
+import os
+import pathlib
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+
+from base.errors import UserError
+from input_pipeline.errors import BadExample
+from input_pipeline.sources.embeddings import (
+    KINDS,
+    MANIFEST,
+    SCHEMA,
+    VERSION,
+    file_name,
+    open_shard,
+    read_manifest,
+    shard_count,
+)
+
+LOCK = ".lock"
+# Not part of what is embedded: a run that goes on may have others.
+FREE = ("jax", "done", "rows", "texts", "bad", "model")  # the hash of the parameters decides
+COUNTS = 2**40  # in the lock, from here on: how many processes there are
+PAUSE = 0.2  # seconds between looks for the manifest of process 0
+
+
+class Store:
+    """The shards of one process. Shard k belongs to process k modulo process_count.
+
+    A file gets its name when it is on the disk, and that of the rows comes last: a shard without
+    it is made again, so a kill or a power cut leaves neither a gap nor a row twice.
+
+    Args:
+      out: the folder, new or that of an earlier run of the same.
+      manifest: what is embedded. Process 0 writes it, the others wait for it.
+      wait: seconds that they wait.
+      tell: takes lines for people.
+
+    Raises:
+      UserError: the folder belongs to something else, or another run writes these shards.
+
+    Attributes:
+      manifest: what is embedded.
+      shards, rows: of this process. left: the shards that are not there yet.
+    """
+
+    def __init__(
+        self,
+        out: str | pathlib.Path,
+        manifest: dict[str, Any],
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        wait: float = 600,
+        tell: Callable[[str], None] = print,
+    ):
+        self.out, self.manifest = pathlib.Path(out).expanduser(), _plain(manifest)
+        self.manifest |= {"version": VERSION, "done": False}
+        self._process, self._processes = process_index, process_count
+        self._writers: list[Writer] = []
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {out} is a file; give a new folder")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._lock = self._locked()
+        try:
+            self._agree(wait)
+            for part in self.out.glob(".*.part"):
+                if self._is_mine(part):
+                    part.unlink()
+            self.shards = range(process_index, shard_count(self.manifest), process_count)
+            self.rows = sum(map(self._size, self.shards))
+            self.left = [k for k in self.shards if not self._is_whole(k, tell)]
+            if self.left and self._on_disk()["done"]:  # somebody deleted or damaged a shard
+                self._save_manifest(self.manifest)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+        self._lock.close()
+
+    def writer(self, shard: int) -> "Writer":
+        """A shard to be written; close() closes it, finished or not."""
+        kinds, d, dtype = self.manifest["what"], self.manifest["d"], self.manifest["dtype"]
+        self._writers = [writer for writer in self._writers if not writer.closed]
+        self._writers.append(Writer(self.out, shard, kinds, d, dtype))
+        return self._writers[-1]
+
+    def ends_with(self, row: int) -> bool:
+        """Whether a row of the source is the last of its shard."""
+        k, inside = divmod(row, self.manifest["shard_rows"])
+        return inside + 1 == self._size(k)
+
+    def bad(self) -> list[tuple[BadExample, str]]:
+        """Bad examples of this process's whole shards, with their ids."""
+        return [bad for k in self.shards if k not in self.left for bad in self._bad(k)]
+
+    def finish(self) -> dict[str, Any] | None:
+        """Marks the folder as done where all shards of all processes are there, and returns the
+        manifest; else None. Whichever process sees it may do so: all would write the same."""
+        everything = range(shard_count(self.manifest))
+        if not all((self.out / file_name("rows", k)).exists() for k in everything):
+            return None
+        texts, kinds = 0, Counter()
+        for k in everything:
+            rows = open_shard(str(self.out), k, self.manifest).rows
+            texts += len(rows.column("texts").combine_chunks().flatten())
+            kinds.update(error.kind for error, _ in self._bad(k))
+        counts = {
+            "rows": self.manifest["examples"],
+            "texts": texts,
+            "bad": dict(sorted(kinds.items())),
+        }
+        jax_version = self._on_disk()["jax"]  # of the run that began
+        done = {**self.manifest, "jax": jax_version, **counts, "done": True}
+        self._save_manifest(done)
+        return done
+
+    def _size(self, k: int) -> int:
+        rows = self.manifest["shard_rows"]
+        return min(rows, self.manifest["examples"] - k * rows)
+
+    def _locked(self) -> BinaryIO:
+        """A byte of the lock for each process; it goes with the process, however that ends."""
+        file = (self.out / LOCK).open("a+b")
+        try:
+            self._lock_count(file)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._process)
+        except (BlockingIOError, PermissionError) as error:
+            file.close()
+            raise UserError(
+                f"--out {self.out}: another run of process {self._process} writes there; wait for "
+                "it, or give each its own --process_id"
+            ) from error
+        except OSError:
+            pass  # a file system without locks: two runs of one command are the user's to avoid
+        return file
+
+    def _lock_count(self, file: BinaryIO) -> None:
+        """All that write here at a time agree on how many they are, else shards had two owners:
+        each holds a share of the byte of its number, and nobody may hold another byte."""
+        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, COUNTS + self._processes)
+        before = (self._processes, COUNTS)
+        after = (COUNTS, COUNTS + self._processes + 1)
+        try:
+            for length, first in (before, after):
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, first)
+                fcntl.lockf(file, fcntl.LOCK_UN, length, first)
+        except (BlockingIOError, PermissionError) as error:
+            file.close()
+            raise UserError(
+                f"--out {self.out}: a run with another --num_processes writes there; stop it, or "
+                "start this one with its number"
+            ) from error
+
+    def _agree(self, wait: float) -> None:
+        """Writes or awaits manifest.json; refuses one of something else."""
+        if self._process == 0 and not (self.out / MANIFEST).exists():
+            others = [path.name for path in self.out.iterdir() if not path.name.startswith(".")]
+            if others:
+                raise UserError(
+                    f"--out {self.out} is not empty ({sorted(others)[0]}), and not of an "
+                    "embedding; give a new folder"
+                )
+            self._save_manifest(self.manifest)
+        until = time.monotonic() + wait
+        while not (self.out / MANIFEST).exists():
+            if time.monotonic() > until:
+                raise UserError(
+                    f"process 0 wrote no {self.out / MANIFEST} within {wait:.0f} s; is it running, "
+                    "with the same --out?"
+                )
+            time.sleep(PAUSE)
+        before = self._on_disk()
+        for key, value in _flat(self.manifest).items():
+            was = _flat(before).get(key)
+            if was != value and key.partition(".")[0] not in FREE:
+                raise UserError(
+                    f"--out {self.out} is of another embedding, {key} {_told(was)} instead of "
+                    f"{_told(value)}; give a new folder"
+                )
+
+    def _on_disk(self) -> dict[str, Any]:
+        return read_manifest(str(self.out))
+
+    def _save_manifest(self, manifest: dict[str, Any]) -> None:
+        text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+        part = self.out / f".{MANIFEST}.{self._process}.part"
+        with part.open("wb") as file:
+            file.write(text.encode())
+        _name(part, self.out / MANIFEST)
+
+    def _is_mine(self, part: pathlib.Path) -> bool:
+        """'.image-00007.npy.part' is by its shard, '.manifest.json.1.part' by its process."""
+        number = part.name.split(".")[1].rpartition("-")[2]
+        if part.name.startswith(f".{MANIFEST}."):
+            return part.name == f".{MANIFEST}.{self._process}.part"
+        return number.isdecimal() and int(number) % self._processes == self._process
+
+    def _is_whole(self, k: int, tell: Callable[[str], None]) -> bool:
+        if not (self.out / file_name("rows", k)).exists():
+            return False
+        try:
+            open_shard(str(self.out), k, self.manifest)
+            return True
+        except UserError as damage:
+            tell(f"made anew: {damage}")
+            (self.out / file_name("rows", k)).unlink()
+            return False
+
+    def _bad(self, k: int) -> list[tuple[BadExample, str]]:
+        rows = open_shard(str(self.out), k, self.manifest).rows
+        kinds = rows.column("bad").to_numpy()
+        found = np.flatnonzero(kinds != "")
+        ids = rows.column("id").take(pa.array(found)).to_pylist()
+        return [(BadExample(kinds[row]), name) for row, name in zip(found, ids)]
+
+
+class Writer:
+    """A shard: embeddings as they come, rows, then the names. Memory is that of the rows' texts."""
+
+    def __init__(self, out: pathlib.Path, shard: int, kinds: list[str], d: int, dtype: str):
+        self._out, self._shard = out, shard
+        self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        self._texts = 0
+        self._arrays = {kind: _Npy(self._part(kind), d, dtype) for kind in kinds}
+
+    def row(self, **values: Any) -> None:
+        """The next row; see SCHEMA, without text_offset."""
+        for name, column in self._columns.items():
+            column.append(self._texts if name == "text_offset" else values[name])
+        self._texts += len(values["texts"])
+
+    def append(self, kind: str, z: np.ndarray) -> None:
+        """The next embeddings [n, d], of 'image' or 'text'."""
+        self._arrays[kind].append(z)
+
+    def finish(self) -> None:
+        sizes = {"image": len(self._columns["index"]), "text": self._texts}
+        for kind in KINDS:
+            if kind in self._arrays and self._arrays[kind].rows != sizes[kind]:
+                raise AssertionError(f"{self._arrays[kind].rows} {kind}s of {sizes[kind]}")
+        for array in self._arrays.values():
+            array.finish()
+        table = pa.table(self._columns, schema=SCHEMA)
+        part = str(self._part("rows"))
+        with pa.OSFile(part, "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+            writer.write_table(table)
+        for kind in (*self._arrays, "rows"):  # the rows last
+            _name(self._part(kind), self._out / file_name(kind, self._shard))
+        self.close()
+
+    @property
+    def closed(self) -> bool:
+        return all(array.file.closed for array in self._arrays.values())
+
+    def close(self) -> None:
+        for array in self._arrays.values():
+            array.file.close()
+
+    def _part(self, kind: str) -> pathlib.Path:
+        return self._out / f".{file_name(kind, self._shard)}.part"
+
+
+class _Npy:
+    """A .npy file [rows, d] that grows. The bytes are those that np.save would write."""
+
+    def __init__(self, path: pathlib.Path, d: int, dtype: str):
+        self._d, self._dtype, self.rows = d, np.dtype(dtype), 0
+        self.file = path.open("wb")
+        self._header()
+
+    def append(self, z: np.ndarray) -> None:
+        if z.ndim != 2 or z.shape[1] != self._d:
+            raise AssertionError(f"{z.shape} are no embeddings of width {self._d}")
+        self.file.write(np.ascontiguousarray(z, self._dtype).data)
+        self.rows += len(z)
+
+    def finish(self) -> None:
+        self.file.seek(0)
+        self._header()
+        self.file.close()
+
+    def _header(self) -> None:
+        # NumPy leaves room for the number of rows to grow, so the header stays as long.
+        shape = (self.rows, self._d)
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
+def _name(part: pathlib.Path, file: pathlib.Path) -> None:
+    """Gives a finished file its name; both are on the disk when it returns."""
+    with part.open("rb") as written:
+        os.fsync(written.fileno())
+    os.replace(part, file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inside = _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
+        flat |= inside or {f"{prefix}{key}": value}
+    return flat
+
+
+def _told(value: Any) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,27 @@
+"""All sources by their names in config files; see input_pipeline/__init__.py for what one is."""
+
+from input_pipeline.sources import (
+    array_record,
+    embeddings,
+    emoji,
+    files,
+    grocery,
+    in_memory,
+    parquet,
+    scenes,
+    tfds,
+)
+from input_pipeline.sources.webdataset import source
+
+SOURCES = {
+    "files": files.Files,
+    "webdataset": source.WebDataset,
+    "parquet": parquet.Parquet,
+    "array_record": array_record.ArrayRecord,
+    "tfds": tfds.Tfds,
+    "memory": in_memory.Memory,
+    "scenes": scenes.Scenes,
+    "emoji": emoji.Emoji,
+    "grocery": grocery.Grocery,
+    "embeddings": embeddings.Embeddings,
+}

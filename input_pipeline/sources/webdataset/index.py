@@ -1,0 +1,298 @@
+"""The index of a tar shard: where the members of each sample lie, in a .npy file of its own."""
+
+import array
+import collections
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from base.errors import UserError
+from input_pipeline.errors import BadExample
+from input_pipeline.sources import storage
+from input_pipeline.sources.webdataset.sample import MOST_JSON, Field, Fields
+from input_pipeline.sources.webdataset.tar_headers import (
+    BLOCK,
+    COMPRESSED,
+    FOLDER,
+    MOST_PADDING,
+    REGULAR,
+    BrokenTar,
+    Extent,
+    Member,
+    Read,
+    Reader,
+    member_at,
+    padded,
+)
+
+
+class Layout(NamedTuple):
+    """What the index of a shard depends on, beside the shard."""
+
+    images: tuple[bytes, ...]
+    texts: tuple[bytes, ...]  # all members but the image that are read
+    captions: tuple[bytes, ...]  # one of which a sample must have
+    language: str
+
+    @property
+    def members(self) -> int:
+        return len(Extent._fields) * (1 + len(self.texts))
+
+    @property
+    def columns(self) -> int:
+        return self.members + bool(self.language)
+
+
+FORMAT = 1  # of the files below; a new number leaves the old files unused
+# int64: samples, columns, words of the summary | summary: JSON, padded | rows: the _Extents of the
+# image and of Layout.texts, then with a language its place in the summary's list.
+HEAD = 3
+
+
+class Summary(NamedTuple):
+    samples: int
+    begins: int  # of the rows in the file, in bytes
+    damage: dict[str, int]
+    broken: str  # why the walk ended early; '' where it did not
+    suffixes: list[str]  # some that were seen, for error messages
+    languages: list[str]
+
+
+class _Samples:
+    """Members in, rows out."""
+
+    def __init__(self, layout: Layout, read: Read):
+        self._layout, self._read = layout, read
+        self._wanted = {*layout.images, *layout.texts}
+        self._key: bytes | None = None
+        self._found: dict[bytes, Extent] = {}
+        self._counted = False  # something of this sample is in `damage` already
+        self.rows = array.array("q")
+        self.damage = collections.Counter[str]()
+        self.suffixes: set[bytes] = set()
+        self.languages: dict[str, int] = {}
+
+    def add(self, member: Member) -> None:
+        name, kind, extent = member
+        # Names are keys here and never paths; but who writes such names means no good.
+        hostile = not name or name.startswith(b"/") or b"\0" in name or b".." in name.split(b"/")
+        if hostile:
+            self.damage["damaged record"] += 1
+            return
+        key, suffix = _split(name)
+        if suffix and key != self._key:
+            self.finish()
+            self._key = key
+        if kind == FOLDER:
+            return  # tar writes one where it packs a folder
+        if kind not in REGULAR:
+            self.damage["damaged record"] += 1
+            self._counted = self._counted or bool(suffix)
+        elif suffix in self._wanted:
+            self._found.setdefault(suffix, extent)
+        if suffix and len(self.suffixes) < 20:
+            self.suffixes.add(suffix[:20])
+
+    def tear(self, member: Member | None) -> None:
+        """The file is broken inside this member, or before a header (None)."""
+        torn_here = member is not None and _split(member.name)[0] == self._key
+        if torn_here:
+            self._found.clear()
+        self._counted = self._counted or torn_here or member is None
+        self.finish()
+        self.damage["damaged record"] += 1
+
+    def finish(self) -> None:
+        layout, found = self._layout, self._found
+        images = [found[s] for s in layout.images if s in found and found[s].size]
+        if images and (not layout.captions or any(s in found for s in layout.captions)):
+            for extent in (images[0], *(found.get(s, _MISSING) for s in layout.texts)):
+                self.rows.extend(extent)
+            if layout.language:
+                language = self._language(found.get(b"json", _MISSING))
+                self.rows.append(self.languages.setdefault(language, len(self.languages)))
+        elif self._key is not None and not self._counted:
+            self.damage["no caption" if images else "no image"] += 1
+        self._key, self._found, self._counted = None, {}, False
+
+    def _language(self, extent: Extent) -> str:
+        if extent.start < 0 or extent.size > MOST_JSON:
+            return ""
+        try:
+            fields = Fields({b"json": self._read(extent.data, extent.size)})
+            language = next(iter(fields.texts(Field(b"json", self._layout.language))), "")
+        except BadExample:  # said again when the sample is read
+            return ""
+        return language if len(language) <= 64 else ""
+
+
+_MISSING = Extent(-1, 0, 0, 0)
+
+
+def _split(name: bytes) -> tuple[bytes, bytes]:
+    """'dir/a.seg.png' -> 'dir/a', 'seg.png'. No suffix: it is no member of a sample."""
+    slash = name.rfind(b"/") + 1
+    dot = name.find(b".", slash)
+    return (name[:dot], name[dot + 1 :].lower()) if dot > slash else (name, b"")
+
+
+def walk(blob: storage.Blob, layout: Layout) -> np.ndarray:
+    """The index of a shard."""
+    read = Reader(blob)
+    if read(0, BLOCK).startswith(COMPRESSED):
+        raise UserError(
+            f"{blob.path} is compressed, which has no random access; decompress it once and give "
+            "the .tar"
+        )
+    samples, shared, broken, at = _Samples(layout, read), {}, "", 0
+    while not broken:
+        try:
+            member = member_at(read, at, shared)
+        except BrokenTar as error:
+            broken = str(error)
+            samples.tear(None)
+            break
+        if member is None:
+            if blob.size - at > MOST_PADDING or any(read(at, blob.size - at)):
+                broken = f"has zeros in place of a header, at byte {at}, and goes on behind them"
+                samples.tear(None)
+            break
+        extent = member.extent
+        if extent.data + extent.size > blob.size:
+            broken = f"ends inside a member, which begins at byte {extent.start}"
+            samples.tear(member)
+        else:
+            samples.add(member)
+        at = extent.data + padded(extent.size)
+    samples.finish()
+    rows = np.frombuffer(samples.rows, np.int64) if samples.rows else np.zeros(0, np.int64)
+    summary = json.dumps(
+        {
+            "damage": dict(samples.damage),
+            "broken": broken,
+            "suffixes": sorted(suffix.decode("utf-8", "replace") for suffix in samples.suffixes),
+            "languages": list(samples.languages),
+        }
+    ).encode()
+    words = np.frombuffer(summary + b" " * (-len(summary) % 8), np.int64)
+    head = [len(rows) // layout.columns, layout.columns, len(words)]
+    return np.concatenate([np.array(head, np.int64), words, rows])
+
+
+def open_index(file: str, columns: int) -> tuple[np.ndarray, Summary]:
+    """Rows [samples, columns], which stay on disk, and the summary.
+
+    Raises:
+      OSError: there is no such file.
+      ValueError: it is damaged.
+    """
+    # What np.load(mmap_mode="r", allow_pickle=False) does for .npy; np.load opens zip files too.
+    mapped = np.lib.format.open_memmap(file, mode="r")
+    words = mapped.view(np.ndarray)
+    if words.dtype != np.int64 or words.ndim != 1 or len(words) < HEAD:
+        raise ValueError(f"{file} is no index")
+    samples, width, length = words[:HEAD].tolist()
+    if min(samples, length) < 0 or width != columns:
+        raise ValueError(f"{file} is no index of {columns} columns")
+    try:
+        fields = json.loads(words[HEAD : HEAD + length].tobytes())
+        summary = Summary(samples, mapped.offset + 8 * (HEAD + length), **fields)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"{file} has no summary") from error
+    return words[HEAD + length :].reshape(samples, width), summary
+
+
+def bytes_at(file: str, begin: int, size: int) -> bytes:
+    """Fewer where the file ends, or is not there."""
+    try:
+        with open(file, "rb", buffering=0) as opened:
+            return os.pread(opened.fileno(), size, begin)
+    except OSError:
+        return b""
+
+
+def make_index(blob: storage.Blob, file: str, layout: Layout) -> None:
+    try:
+        index = walk(blob, layout)
+    except OSError as error:
+        raise UserError(f"{blob.path} cannot be read: {storage.one_line(error)}") from error
+    folder = pathlib.Path(file).parent
+    temporary = ""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as out:
+            temporary = out.name
+            np.save(out, index, allow_pickle=False)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)  # at once: others see all of it or nothing
+    except OSError as error:
+        raise UserError(f"{folder} takes no index: {storage.one_line(error)}") from error
+    finally:
+        if temporary:
+            pathlib.Path(temporary).unlink(missing_ok=True)
+
+
+Shard = tuple[storage.Blob, str, Summary]
+
+
+def index_file(blob: storage.Blob, layout: Layout, folder: str) -> str:
+    asked = repr((FORMAT, blob.fingerprint(), *layout))
+    return os.path.join(folder, hashlib.sha256(asked.encode()).hexdigest()[:40] + ".npy")
+
+
+def _open_shard(path: str, layout: Layout, folder: str) -> Shard:
+    blob = storage.Blob(path)
+    try:
+        file = index_file(blob, layout, folder)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {storage.one_line(error)}") from error
+    try:
+        return blob, file, open_index(file, layout.columns)[1]
+    except (OSError, ValueError):
+        make_index(blob, file, layout)
+        return blob, file, open_index(file, layout.columns)[1]
+
+
+def open_all(paths: list[str], layout: Layout) -> list[Shard]:
+    """In the order of `paths`. Each process begins in an order of its own, so that those that
+    share the folder find most of each other's work done."""
+    folder = str(storage.index_folder())
+    pool = concurrent.futures.ThreadPoolExecutor(max(4, os.cpu_count() or 1))
+    try:
+        order = np.random.default_rng().permutation(len(paths)).tolist()
+        tasks = {i: pool.submit(_open_shard, paths[i], layout, folder) for i in order}
+        _wait(set(tasks.values()))
+        return [tasks[i].result() for i in range(len(paths))]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+QUIET = 3.0  # seconds before there is a word of progress
+
+
+def _wait(waiting: set[concurrent.futures.Future]) -> None:
+    """Returns when all have ended, and raises what the first that failed raises."""
+    begun, total, written = time.monotonic(), len(waiting), 0.0
+    live = sys.stderr.isatty()
+    while waiting:
+        done, waiting = concurrent.futures.wait(
+            waiting, timeout=min(1.0, QUIET), return_when=concurrent.futures.FIRST_EXCEPTION
+        )
+        for task in done:
+            task.result()
+        passed = time.monotonic() - begun
+        if passed < QUIET or (written and passed - written < (1 if live else 30)):
+            continue
+        written, ready = passed, total - len(waiting)
+        left = f", {passed / ready * len(waiting) / 60:.1f} minutes left" if ready else ""
+        line = f"indexing tar shards: {ready} of {total}{left}"
+        end = "\r" if live and waiting else "\n"
+        print(f"{line:<70}" if live else line, end=end, file=sys.stderr, flush=True)

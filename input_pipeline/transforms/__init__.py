@@ -1,0 +1,1 @@
+"""Example -> pixels and token ids, as a program of plain functions."""

@@ -1,0 +1,1 @@
+"""Readers and writers of array files, safe against hostile ones."""

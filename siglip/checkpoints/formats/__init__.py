@@ -1,0 +1,1 @@
+"""Released formats: names, layouts and configs of other projects."""

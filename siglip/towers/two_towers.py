@@ -1,0 +1,117 @@
+"""Both towers, the learned temperature t and the bias b."""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from siglip.towers import transformer
+from siglip.towers.text import make_text
+from siglip.towers.vit import Patches, make_vit
+
+
+class TwoTowers(nn.Module):
+    """Images and texts -> unit-norm embeddings in one space.
+
+    Parameters are named as in the released checkpoints: `img/...`, `txt/...`, `t` [1], which is
+    the LOG of the temperature, and `b` [1] where the loss has a bias.
+    """
+
+    img: nn.Module
+    txt: nn.Module
+    t_init: float
+    b_init: float | None
+
+    @nn.compact
+    def __call__(
+        self,
+        image: UInt8[Array, "n res res 3"] | Float[Array, "n ..."] | Patches | None = None,
+        text: Int[Array, "n l"] | None = None,
+        *,
+        rows: Int[Array, " n"] | None = None,
+        train: bool = False,
+    ) -> tuple[Array | None, Array | None, dict[str, Array | None]]:
+        """Embeds what is given.
+
+        Args:
+          image: uint8, or floats in [-1, 1]; Patches for a NaFlex tower, embeddings [n, d] for a
+            precomputed one; None for no image embeddings.
+          text: token ids; None for no text embeddings.
+          rows: place of each example in the batch, which what is random depends on; default
+            0, 1, 2, ...
+          train: random patch dropping is on. It needs an rng named 'dropout'.
+
+        Returns:
+          zimg [n, d], ztxt [n, d], float32, unit norm (None where nothing was given), and
+          {'t': temperature exp(t'), 'b': bias or None}, float32 scalars.
+        """
+        t_prime = self.param("t", nn.initializers.constant(np.log(self.t_init)), (1,))
+        b = None
+        if self.b_init is not None:
+            b = self.param("b", nn.initializers.constant(self.b_init), (1,))[0]
+        zimg = ztxt = None
+        if image is not None:
+            zimg = _unit(self.img(to_model_range(image), rows=rows, train=train))
+        if text is not None:
+            ztxt = _unit(self.txt(text, train=train))
+        return zimg, ztxt, {"t": jnp.exp(t_prime[0]), "b": b}
+
+
+def to_model_range(image: Array | Patches) -> Array | Patches:
+    """uint8 [0, 255] -> float32 [-1, 1]; floats pass."""
+    if isinstance(image, Patches):
+        return image._replace(values=to_model_range(image.values))
+    return image.astype(jnp.float32) / 127.5 - 1 if image.dtype == jnp.uint8 else image
+
+
+def _unit(z: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    # float32 whatever the towers' dtype is: t = 100 turns an error of 1e-3 into 0.1 of a logit.
+    # The square root of a sum that is 0 has no gradient, hence the epsilon inside.
+    z = z.astype(jnp.float32)
+    return z / (jnp.sqrt(jnp.sum(z * z, axis=-1, keepdims=True) + 1e-24) + 1e-8)
+
+
+def make_model(
+    *,
+    img: dict,
+    txt: dict,
+    t_init: float = 10.0,
+    b_init: float | Literal["auto"] | None = -10.0,
+    dtype: str = "float32",
+    scan: bool = False,
+    remat: str = "none",
+) -> TwoTowers:
+    """A model from the blocks of a config.
+
+    Args:
+      img, txt: keyword arguments of vit.make_vit and text.make_text. The width of the text head,
+        txt['out_dim'], is by default that of the image embedding; 0 is no head, where the text
+        tower is as wide as that.
+      t_init: initial temperature (the parameter starts at its log).
+      b_init: initial bias; None for a model without one (CLIP's softmax). The trainer puts the
+        prior of its batch, log(p / (1 - p)) with p = 1 / N, in the place of 'auto'.
+      dtype: of matmuls in towers and head. Parameters, residuals, embeddings and logits are
+        float32.
+      scan, remat: see transformer.Encoder.
+
+    Raises:
+      ValueError: the towers' embeddings differ in width, or a value is not a valid one.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype {dtype!r} is none of float32, bfloat16")
+    if remat not in transformer.REMAT:
+        raise ValueError(f"remat {remat!r} is none of {', '.join(transformer.REMAT)}")
+    if b_init == "auto":
+        raise ValueError("b_init 'auto' depends on the batch: pairs.log_odds(batch_size)")
+    if t_init <= 0:
+        raise ValueError(f"t_init is the temperature, which must be positive, not {t_init}")
+    vit = make_vit(dtype, scan, remat, **img)
+    zimg_dim = vit.out_dim or vit.width
+    head = txt.get("out_dim")
+    text = make_text(dtype, scan, remat, **{**txt, "out_dim": zimg_dim if head is None else head})
+    ztxt_dim = text.out_dim or text.width
+    if ztxt_dim != zimg_dim:
+        raise ValueError(f"embedding widths differ: image {zimg_dim}, text {ztxt_dim}")
+    return TwoTowers(vit, text, float(t_init), b_init)

@@ -1,0 +1,67 @@
+"""Bad examples: counted by file and kind, some named, in bounded memory."""
+
+import threading
+
+from input_pipeline import bad_examples as bads
+from input_pipeline.bad_examples import Bad
+from input_pipeline.errors import KINDS, BadExample
+
+
+def test_files_and_examples_met_most_often_come_first():
+    bad = Bad()
+    for id, shard, kind, times in (
+        ("b.tar/1.jpg", "b.tar", "damaged image", 1),
+        ("b.tar/2.jpg", "b.tar", "no caption", 1),
+        ("a.tar/7.jpg", "a.tar", "no image", 3),
+    ):
+        for _ in range(times):
+            bad.record(BadExample(kind, "why"), id, shard)
+    assert bad.count == 5
+    assert bad.kinds() == {"no image": 3, "damaged image": 1, "no caption": 1}
+    assert list(bad.shards()) == ["a.tar", "b.tar"]
+    assert bad.worst(1) == (
+        "a.tar: 3 no image; and 1 more files; such as a.tar/7.jpg (no image: why), and 2 more"
+    )
+
+
+def test_an_error_that_knows_its_place_is_believed():
+    bad = Bad()
+    bad.record(BadExample("no image", id="x", shard="s"), "other", "")
+    assert bad.worst() == "s: 1 no image; such as x (no image)"
+
+
+def test_sources_without_files_name_examples_only():
+    bad = Bad()
+    bad.record(BadExample("no image"), "memory/3")
+    assert bad.worst() == "memory/3 (no image)"
+    assert Bad().worst() == ""
+
+
+def test_memory_is_bounded_and_counts_go_on(monkeypatch):
+    monkeypatch.setattr(bads, "MOST_NAMES", 10)
+    bad = Bad()
+    for i in range(100):
+        bad.record(BadExample("no image"), f"{i}", "s")
+    assert bad.count == 100 and len(bad._reasons) == len(bad._names) == 10
+
+
+def test_many_threads_count_every_one():
+    bad = Bad()
+
+    def work():
+        for i in range(200):
+            bad.record(BadExample(KINDS[i % len(KINDS)]), f"{i % 7}", f"{i % 3}")
+            bad.worst()
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert bad.count == 1600 and sum(bad.kinds().values()) == 1600
+
+
+def test_counts_without_names():
+    bad = Bad()
+    bad.add("no caption", "a.tar", 3)
+    assert bad.count == 3 and bad.worst() == "a.tar: 3 no caption"

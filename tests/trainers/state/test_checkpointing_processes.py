@@ -1,0 +1,48 @@
+"""Two processes with two devices each, on one file system."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+from tiny_state import abstract, assert_same, make_state, on_disk
+
+from trainers.state.checkpointing import restore_state
+
+SCRIPT = pathlib.Path(__file__).with_name("checkpoint_process.py")
+ROOT = SCRIPT.parents[3]
+
+
+def test_two_processes_save_and_restore_as_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(index), port, str(tmp_path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n\n".join(outputs)
+    assert all("both agree" in output for output in outputs)
+    assert sum("going on from step 20" in output for output in outputs) == 1  # process 0 warns
+
+    # One process with other devices goes on from it.
+    assert on_disk(tmp_path / "checkpoints") == [10, 20, 30]
+    assert on_disk(tmp_path / "checkpoints-damaged") == [30]
+    assert_same(restore_state(tmp_path, abstract(8))[0], make_state(31))

@@ -1,0 +1,127 @@
+"""Which checkpoint wins, does it fit, weights only."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_state import abstract, assert_same, make_state, saved
+
+from base.errors import UserError
+from trainers.state.checkpointing import (
+    Checkpoints,
+    Start,
+    find_start,
+    restore_params,
+    restore_state,
+)
+
+
+def test_which_checkpoint_wins(tmp_path):
+    own, other, third = (tmp_path / name for name in ("own", "other", "third"))
+    saved(other, 10, 20)
+    saved(third, 5)
+    assert find_start(own) == Start("scratch", None, None)
+    assert find_start(own, "", "") == Start("scratch")
+    init = Start("init", third / "checkpoints" / "5", 5)
+    assert find_start(own, init=third) == init
+    resume = Start("resume", other / "checkpoints" / "20", 20)
+    assert find_start(own, other, third) == resume
+    saved(own, 1)
+    assert find_start(own, other, third) == Start("workdir", own / "checkpoints" / "1", 1)
+    assert (
+        find_start(own, "gone", "gone too").kind == "workdir"
+    )  # settled before they are looked at
+
+
+def test_a_path_may_be_a_workdir_its_checkpoints_or_one_step(tmp_path):
+    directory = saved(tmp_path / "other", 10, 20)
+    for path, step in ((tmp_path / "other", 20), (directory, 20), (directory / "10", 10)):
+        assert find_start(tmp_path / "own", str(path)).path == directory / str(step)
+        assert_same(restore_state(path, abstract())[0], make_state(step))
+
+
+def test_a_path_without_a_checkpoint_says_so(tmp_path):
+    with pytest.raises(UserError, match=r"config.resume = '.*/gone': no such directory"):
+        find_start(tmp_path / "own", resume=str(tmp_path / "gone"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"config.resume = '.*/empty' holds no checkpoint"):
+        find_start(tmp_path / "own", resume=str(tmp_path / "empty"))
+
+
+def test_what_to_start_from_may_be_a_released_model(tmp_path):
+    """initial.py reads it, and says what is wrong with it."""
+    assert find_start(tmp_path, init="siglip-b16-224") == Start("init", "siglip-b16-224", None)
+
+
+def test_resume_gives_the_whole_state_and_the_data_position(tmp_path):
+    saved(tmp_path, 10)
+    state, data, step = restore_state(tmp_path, abstract(8))
+    assert_same(state, make_state(10))
+    assert (data["step"], step) == (10, 10)
+
+
+def test_params_alone_are_read_without_the_rest(tmp_path):
+    directory = saved(tmp_path, 10)
+    params = restore_params(tmp_path, abstract(4).params)
+    assert_same(params, make_state(10).params)
+    assert len(params["img"]["kernel"].sharding.device_set) == 4
+    fresh = restore_params(directory / "10", jax.eval_shape(make_state).params)  # no sharding given
+    assert_same(fresh, params)
+
+
+def error_of(act):
+    with pytest.raises(UserError) as error:
+        act()
+    assert "\n" not in str(error.value) and "does not fit the model" in str(error.value)
+    return str(error.value)
+
+
+def test_arrays_that_do_not_fit_are_named(tmp_path):
+    saved(tmp_path, 10)
+    wanted = make_state(rows=32)
+    wanted.params["img"]["bias"] = jnp.ones(3)
+    del wanted.params["t"]
+    message = error_of(lambda: restore_state(tmp_path, jax.eval_shape(lambda: wanted)))
+    assert "1 missing there: params/img/bias float32[3]" in message
+    assert "1 unknown to the model: params/t float32[1]" in message
+    assert "params/img/kernel is float32[16, 64] there, float32[32, 64] in the model" in message
+    assert "opt_state/0/inner_state/mu/img/kernel is bfloat16[16, 64] there" in message
+    assert "3 of another shape or dtype" in message
+
+
+def test_another_dtype_is_refused_not_cast(tmp_path):
+    saved(tmp_path, 10)
+    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), abstract().params)
+    message = error_of(lambda: restore_params(tmp_path, half))
+    assert "2 of another shape or dtype" in message
+    assert "params/t is float32[1] there, bfloat16[1] in the model" in message
+
+
+def test_of_many_arrays_five_are_named_and_the_rest_counted(tmp_path):
+    saved(tmp_path, 10)
+    many = abstract().params | {f"new{i}": jax.ShapeDtypeStruct((1,), np.float32) for i in range(9)}
+    message = error_of(lambda: restore_params(tmp_path, many))
+    assert "9 missing there: params/new0 float32[1], " in message
+    assert "params/new4 float32[1] and 4 more" in message and "new5" not in message
+
+
+def test_a_misfit_is_not_damage(tmp_path):
+    """Falling back to an older step would not help, and its files are fine."""
+    directory = saved(tmp_path, 10, 20)
+    checkpoints = Checkpoints(tmp_path, every=10, keep_last=2, keep_every=None)
+    error_of(lambda: checkpoints.restore(jax.eval_shape(lambda: make_state(rows=32))))
+    assert sorted(path.name for path in directory.iterdir()) == ["10", "20"]
+    checkpoints.close()
+
+
+def test_a_damaged_checkpoint_of_another_run_is_left_alone(tmp_path):
+    directory = saved(tmp_path, 10, 20)
+    for path in (directory / "20" / "state").rglob("manifest.ocdbt"):
+        path.unlink()
+    for act in (
+        lambda: restore_state(tmp_path, abstract()),
+        lambda: restore_params(tmp_path, abstract().params),
+    ):
+        with pytest.raises(UserError, match=r"20 cannot be read.*give the directory of another"):
+            act()
+    assert sorted(path.name for path in directory.iterdir()) == ["10", "20"]

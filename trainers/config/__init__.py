@@ -1,0 +1,1 @@
+"""Config files and overrides -> one complete, checked config."""

@@ -1,0 +1,1 @@
+"""Processes, devices, compilation and memory of the machine."""

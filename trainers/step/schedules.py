@@ -1,0 +1,99 @@
+"""Learning-rate schedules with unit peak: step -> factor in [0, 1]. `step` counts updates made.
+
+Every schedule is `fn(total_steps, to_steps, *, config keys) -> fn(step) -> f32 scalar`, where
+`to_steps(text, key)` turns a duration into steps (durations.to_steps with the run's numbers).
+The formulas are big_vision's (`create_learning_rate_schedule`).
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from base.errors import UserError
+
+Step = ArrayLike  # a whole number
+Schedule = Callable[[Step], Float[Array, ""]]
+ToSteps = Callable[[str, str], int | None]
+
+
+def cosine(total_steps: int, to_steps: ToSteps, *, warmup: str = "0 steps") -> Schedule:
+    """Linear warm-up from 0, then half a cosine to 0 at `total_steps`."""
+
+    def decay(progress, steps):
+        return 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+    return _ramped(decay, total_steps, to_steps, warmup)
+
+
+def linear(
+    total_steps: int, to_steps: ToSteps, *, warmup: str = "0 steps", end: float = 0.0
+) -> Schedule:
+    """Linear warm-up from 0, then a line to `end` (a share of the peak) at `total_steps`."""
+
+    def decay(progress, steps):
+        return end + (1 - end) * (1 - progress)
+
+    return _ramped(decay, total_steps, to_steps, warmup)
+
+
+def constant(
+    total_steps: int, to_steps: ToSteps, *, warmup: str = "0 steps", cooldown: str = "0 steps"
+) -> Schedule:
+    """Linear warm-up from 0, 1 in between, linear cool-down to 0 at `total_steps`."""
+
+    def decay(progress, steps):
+        return jnp.ones_like(progress)
+
+    return _ramped(decay, total_steps, to_steps, warmup, cooldown)
+
+
+def rsqrt(
+    total_steps: int,
+    to_steps: ToSteps,
+    *,
+    warmup: str = "0 steps",
+    cooldown: str = "0 steps",
+    timescale: str = "10000 steps",
+) -> Schedule:
+    """Linear warm-up, then 1 / sqrt(1 + steps after the warm-up / timescale), linear cool-down.
+
+    The length of the run is not in the formula before the cool-down, so a run can be prolonged.
+    """
+    scale = to_steps(timescale, "schedule.timescale")
+    if not scale:
+        raise UserError(f"schedule.timescale = {timescale!r} must be at least one step")
+
+    def decay(progress, steps):
+        return 1 / jnp.sqrt(1 + jnp.maximum(steps, 0) / scale)
+
+    return _ramped(decay, total_steps, to_steps, warmup, cooldown)
+
+
+def _ramped(decay, total_steps, to_steps, warmup, cooldown="0 steps") -> Schedule:
+    """decay(progress after the warm-up in [0, 1], steps after it) between the two ramps."""
+    up = to_steps(warmup, "schedule.warmup") or 0
+    down = to_steps(cooldown, "schedule.cooldown") or 0
+    # A run of 0 or 1 steps is a check of the set-up and may pass.
+    if total_steps > 1 and up + down >= total_steps:
+        ramps = f"warmup = {warmup!r}" + (f" and cooldown = {cooldown!r}" if down else "")
+        raise UserError(
+            f"schedule: {ramps} take {up + down} steps, the whole run has {total_steps}; "
+            "shorten them, or give them in percent"
+        )
+
+    def schedule(step: Step) -> Float[Array, ""]:
+        step = jnp.asarray(step, jnp.float32)
+        progress = jnp.clip((step - up) / max(total_steps - up, 1), 0, 1)
+        factor = decay(progress, step - up)
+        if up:
+            factor = factor * jnp.minimum(1, step / up)
+        if down:
+            factor = factor * jnp.clip((total_steps - step) / down, 0, 1)
+        return factor
+
+    return schedule
+
+
+SCHEDULES = {"cosine": cosine, "constant": constant, "rsqrt": rsqrt, "linear": linear}
