@@ -53,10 +53,19 @@ class TwoTowers(nn.Module):
             b = self.param("b", nn.initializers.constant(self.b_init), (1,))[0]
         zimg = ztxt = None
         if image is not None:
-            zimg = _unit(self.img(to_model_range(image), rows=rows, train=train))
+            zimg, _ = self.encode_image(image, rows=rows, train=train)
         if text is not None:
-            ztxt = _unit(self.txt(text, train=train))
+            ztxt, _ = self.encode_text(text, rows=rows, train=train)
         return zimg, ztxt, {"t": jnp.exp(t_prime[0]), "b": b}
+
+    def encode_image(self, image, *, rows=None, train: bool = False) -> tuple[Array, dict]:
+        """(zimg, what else the tower gives) alone: needs the parameters of `img` and no others."""
+        return _unit(self.img(to_model_range(image), rows=rows, train=train)), {}
+
+    def encode_text(self, text, *, rows=None, train: bool = False) -> tuple[Array, dict]:
+        """(ztxt, what else the tower gives) alone: needs the parameters of `txt` and no others."""
+        del rows  # nothing in the text tower is random
+        return _unit(self.txt(text, train=train)), {}
 
 
 def to_model_range(image: Array | Patches) -> Array | Patches:
