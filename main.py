@@ -1,7 +1,6 @@
 """Trains or evaluates what a config file says: see --help."""
 
 import argparse
-import difflib
 import os
 import pathlib
 import re
@@ -9,6 +8,8 @@ import signal
 import sys
 import traceback
 from typing import Any, NoReturn
+
+from base.words import nearest
 
 DONE, FAILED, MISTAKE, INTERRUPTED, DIVERGED = 0, 1, 2, 85, 87
 
@@ -177,8 +178,7 @@ def check_flags(parser: Parser, flags: argparse.Namespace, rest: list[str]) -> N
     for arg in rest:
         if re.match(r"-+[a-zA-Z]", arg) and not re.match(r"--?(no)?config\.", arg):
             flag = arg.partition("=")[0]
-            near = difflib.get_close_matches(flag, known) or known[2:]
-            parser.error(f"unknown flag {flag}; the nearest: {', '.join(near)}")
+            parser.error(f"unknown flag {flag}; {nearest(flag, known[2:])}")
     if not flags.config and not flags.eval_only:
         configs = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
         parser.error(f"pass --config, one of {', '.join(configs) or 'your files'}; see --help")

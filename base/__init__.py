@@ -1,1 +1,1 @@
-"""The ground floor: errors, words, typed values, files and command lines. Standard library only."""
+"""What every folder builds on: standard library only, and tqdm for progress lines."""

@@ -2,4 +2,7 @@
 
 
 class UserError(ValueError):
-    """One line: what is wrong, where, what to do. main.py prints it without a traceback."""
+    """A mistake in a command, a config or data, on one line: what is wrong, where, what to do.
+
+    Programs print it without a traceback, see command_line.run.
+    """

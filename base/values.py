@@ -1,4 +1,4 @@
-"""Values and annotations: is it one, what does a text of the command line stand for.
+"""Values checked against type annotations, and values parsed from the text of a command line.
 
 Annotations are those of keyword-only parameters: int, float, str, bool, tuple, tuple[str, ...],
 dict, Literal, unions of them and None, and Annotated[type, check] with check(value, key).
@@ -8,16 +8,15 @@ import ast
 import re
 import types
 import typing
+from collections.abc import Callable
 from typing import Annotated, Any
-
-from absl import flags
 
 from base.errors import UserError
 
 
 def cast(value: Any, annotation: Any) -> Any:
-    """`value` as the annotation wants it (1 -> 1.0, lists -> tuples); TypeError where it is not."""
-    kind, args = _taken_apart(annotation)
+    """Converts a value to the annotated type (1 -> 1.0, lists -> tuples); TypeError otherwise."""
+    kind, args = _split(annotation)
     if kind is Any:
         return value
     if kind in (typing.Union, types.UnionType):
@@ -44,48 +43,72 @@ def cast(value: Any, annotation: Any) -> Any:
 
 
 def parse(text: str, annotation: Any) -> Any:
-    """The value that a text of the command line stands for; ValueError where it is none.
+    """The value of the annotated type that the text stands for; ValueError or TypeError otherwise.
 
-    Single values are read by absl's parsers. A tuple is a literal, or words: en,de.
+    A bool is true, t, 1, false, f or 0 in any case; an int may be 0x.. or 0o..; the quotes around
+    a quoted str go. A tuple is a Python literal, or words: en,de.
     """
-    kind, args = _taken_apart(annotation)
+    kind, args = _split(annotation)
     if kind in (typing.Union, types.UnionType):
-        if text == "None" and types.NoneType in args:
-            return None
-        # Any text is a str, so that is tried last, and beside it a tuple needs its brackets.
-        for arg in sorted(args, key=lambda arg: arg is str):
-            try:
-                if not (_taken_apart(arg)[0] is tuple and str in args and text[:1] not in "(["):
-                    return parse(text, arg)
-            except (ValueError, TypeError):
-                pass
-    elif kind is typing.Literal:
+        return _parse_union(text, annotation, args)
+    if kind is typing.Literal:
         for arg in args:
             if text == str(arg):
                 return arg
     elif kind in _PARSERS:
-        return _PARSERS[kind].parse(text)
+        return _PARSERS[kind](text)
     elif kind is tuple and (words := re.fullmatch(r"[(\[]?([^()\[\]{}'\"]*)[)\]]?", text)):
         return cast([parse(word.strip(), Any) for word in words[1].split(",") if word], annotation)
     else:
         try:
             return cast(ast.literal_eval(text), annotation)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
             if kind is Any:
                 return text
     raise ValueError(f"{text!r} is not {describe(annotation)}")
 
 
-_PARSERS: dict[Any, flags.ArgumentParser] = {
-    bool: flags.BooleanParser(),
-    int: flags.IntegerParser(),
-    float: flags.FloatParser(),
-    str: flags.ArgumentParser(),
+def _parse_union(text: str, annotation: Any, args: tuple) -> Any:
+    if text == "None" and types.NoneType in args:
+        return None
+    # Any text is a str, so that is tried last, and beside it a tuple needs its brackets.
+    for arg in sorted(args, key=lambda arg: arg is str):
+        if _split(arg)[0] is tuple and str in args and text[:1] not in "([":
+            continue
+        try:
+            return parse(text, arg)
+        except (ValueError, TypeError):
+            pass
+    raise ValueError(f"{text!r} is not {describe(annotation)}")
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() in ("true", "t", "1"):
+        return True
+    if text.lower() in ("false", "f", "0"):
+        return False
+    raise ValueError(f"{text!r} is not a bool")
+
+
+def _parse_int(text: str) -> int:
+    return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
+
+
+def _parse_str(text: str) -> str:
+    quoted = re.fullmatch(r"""(['"])((?:(?!\1).)*)\1""", text, re.DOTALL)
+    return quoted[2] if quoted else text
+
+
+_PARSERS: dict[Any, Callable[[str], Any]] = {
+    bool: _parse_bool,
+    int: _parse_int,
+    float: float,
+    str: _parse_str,
 }
 
 
 def cast_key(value: Any, annotation: Any, key: str, place: str) -> Any:
-    """`cast`, and the annotation's own check; UserError names the key and its place."""
+    """`cast`, then the annotation's own check; UserError names the key and its place."""
     try:
         value = cast(value, annotation)
     except TypeError:
@@ -98,7 +121,7 @@ def cast_key(value: Any, annotation: Any, key: str, place: str) -> Any:
 
 
 def parse_key(text: str, annotation: Any, key: str, flag: str) -> Any:
-    """`parse`, and the annotation's own check; UserError names the flag."""
+    """`parse`, then the annotation's own check; UserError names the flag."""
     try:
         value = parse(text, annotation)
     except (ValueError, TypeError):
@@ -108,8 +131,8 @@ def parse_key(text: str, annotation: Any, key: str, flag: str) -> Any:
 
 
 def describe(annotation: Any) -> str:
-    """'an int', 'a float or None', ..."""
-    kind, args = _taken_apart(annotation)
+    """The annotation in words: 'an int', 'a float or None', ..."""
+    kind, args = _split(annotation)
     if kind in (typing.Union, types.UnionType):
         return " or ".join(map(describe, args))
     if kind is typing.Literal:
@@ -120,7 +143,8 @@ def describe(annotation: Any) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def _taken_apart(annotation: Any) -> tuple[Any, tuple]:
+def _split(annotation: Any) -> tuple[Any, tuple]:
+    """(origin, arguments) of an annotation, Annotated removed; (int, ()) for int."""
     if typing.get_origin(annotation) is Annotated:
         annotation = typing.get_args(annotation)[0]
     return typing.get_origin(annotation) or annotation, typing.get_args(annotation)

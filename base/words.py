@@ -1,4 +1,4 @@
-"""Words for one-line messages: names that are close, the place in a file."""
+"""Text for one-line messages: similar names, exceptions, places in files, durations."""
 
 import difflib
 import os
@@ -8,32 +8,57 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def close(name: str, names: Iterable[str]) -> list[str]:
-    """Up to three names like `name`, the best first, and none that is much less like it."""
+def similar(name: str, names: Iterable[str], *, count: int = 3, always: bool = False) -> list[str]:
+    """Up to `count` of `names` that resemble `name`, case ignored, the most similar first.
 
-    def likeness(other: str) -> float:
-        return difflib.SequenceMatcher(None, other, name).ratio()
+    Names much less similar than the best are left out, and so are all below a ratio of 0.5;
+    with `always` the best ones come whatever their ratio is.
+    """
+    by_lower: dict[str, str] = {}
+    for other in names:
+        by_lower.setdefault(other.lower(), other)
 
-    found = difflib.get_close_matches(name, names)
-    return [other for other in found if likeness(other) > likeness(found[0]) - 0.15]
+    def ratio(other: str) -> float:
+        return difflib.SequenceMatcher(None, other, name.lower()).ratio()
+
+    cutoff = 0.0 if always else 0.5
+    best = difflib.get_close_matches(name.lower(), by_lower, count, cutoff)
+    return [by_lower[o] for o in best if always or ratio(o) > ratio(best[0]) - 0.15]
+
+
+def nearest(name: str, names: Iterable[str], limit: int = 20) -> str:
+    """'the nearest: a, b'; where no name is similar, 'there are: ...' with `limit` names."""
+    names = sorted(set(names))
+    if matches := similar(name, names):
+        return f"the nearest: {', '.join(matches)}"
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return f"there are: {', '.join(names[:limit])}{more}"
 
 
 def listed(names: Iterable[str]) -> str:
+    """The first twelve names, and how many there are where that is not all."""
     names = list(names)
     return ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
 
 
-def one_line(text: Any) -> str:
-    return " ".join(str(text).split())
+def one_line(text: Any, limit: int = 200, *, with_type: bool = False) -> str:
+    """A message or an exception on one line; beyond `limit` characters it ends in ' ...'.
+
+    An exception without a message is given by its type; `with_type` puts the type before any.
+    """
+    if isinstance(text, BaseException) and (with_type or not str(text).strip()):
+        text = f"{type(text).__name__}: {text}".rstrip(": ")
+    line = " ".join(str(text).split())
+    return line if len(line) <= limit else f"{line[:limit]} ..."
 
 
 def show(file: pathlib.Path) -> str:
-    """As short a path as names the file from here."""
+    """The path relative to the working directory where the file lies inside it."""
     return os.path.relpath(file) if file.is_relative_to(pathlib.Path.cwd()) else str(file)
 
 
 def place(file: pathlib.Path, word: str) -> str:
-    """'configs/x.py:12' where just one line of the file has the word, else the file."""
+    """'configs/x.py:12' if exactly one line of the file contains `word`, else 'configs/x.py'."""
     try:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError):
@@ -42,11 +67,15 @@ def place(file: pathlib.Path, word: str) -> str:
     return f"{show(file)}:{hits[0]}" if len(hits) == 1 else show(file)
 
 
-def nearest(name: str, names: Iterable[str], most: int = 20) -> str:
-    """'the nearest: a, b', or where none is near 'there are: ...' (at most `most` of them)."""
-    names = sorted(set(names))
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    if near:
-        return f"the nearest: {', '.join(near)}"
-    more = f", and {len(names) - most} more" if len(names) > most else ""
-    return f"there are: {', '.join(names[:most])}{more}"
+def duration(seconds: float | None) -> str:
+    """'59s', '1m01s', '1h02m' or '2d03h'; '-' for None, a time that is not known yet."""
+    if seconds is None:
+        return "-"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

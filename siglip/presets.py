@@ -1,9 +1,9 @@
 """The released models, by every name they have: what they are, and what they must be given."""
 
 import dataclasses
-import difflib
 from typing import Any
 
+from base.words import similar
 from siglip.towers.transformer import decode_variant
 
 
@@ -214,10 +214,8 @@ def find(name: str) -> Preset:
     known = {alias: preset for preset in _ALL for alias in preset.names}
     if name in known:
         return known[name]
-    # In lower case: open_clip's capitals would outweigh what is wrong with a name.
-    lower = {alias.lower(): preset for alias, preset in known.items()}
-    near = difflib.get_close_matches(str(name).lower(), lower, n=len(lower), cutoff=0)
-    three = list(dict.fromkeys(lower[alias].name for alias in near))[:3]
+    aliases = similar(str(name), known, count=len(known), always=True)
+    three = list(dict.fromkeys(known[alias].name for alias in aliases))[:3]
     raise ValueError(f"no released model is named {name!r}; the nearest: {', '.join(three)}")
 
 

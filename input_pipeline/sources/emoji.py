@@ -124,7 +124,7 @@ def _choose(languages: tuple | str, present: list[str]) -> tuple:
         raise UserError("emoji: languages needs at least one, such as en, or 'all'")
     for language in languages:
         if language not in present:
-            others = nearest(language, present, most=len(present))
+            others = nearest(language, present, limit=len(present))
             raise UserError(f"emoji: no captions in language {language!r}; {others}; or 'all'")
     return languages
 

@@ -144,7 +144,7 @@ class Files:
             if member not in self._archives[file]:
                 raise UserError(
                     f"{self._path} line {line}: {file} has no member {member!r}; "
-                    f"{nearest(member, self._archives[file].names(), most=3)}"
+                    f"{nearest(member, self._archives[file].names(), limit=3)}"
                 )
 
 

@@ -1,12 +1,10 @@
 """Sources on command lines: 'name key=value key=value', as in config.input.source."""
 
-import ast
 import inspect
-import types
-import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from base import values
 from base.errors import UserError
 from base.words import nearest
 from input_pipeline.sources.registry import SOURCES
@@ -45,29 +43,9 @@ def settings_of(function: Callable, pairs: Sequence[str], told: str) -> dict[str
         if key not in known and not open_ended:
             raise UserError(f"{told} has no setting {key!r}; {nearest(key, known)}")
         kind = known[key].annotation if key in known else Any
-        settings[key] = _value(key, value, kind)
+        kind = Any if kind is inspect.Parameter.empty else kind
+        settings[key] = values.parse_key(value, kind, key, key)
     lacking = [k for k, p in known.items() if p.default is p.empty and k not in settings]
     if lacking:
         raise UserError(f"{told} needs {lacking[0]}=...; it has {', '.join(known)}")
     return settings
-
-
-def _value(setting: str, text: str, kind: Any) -> Any:
-    """'1' is a number, or a text where the setting is one."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = text
-    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
-    several = typing.get_args(kind) if union else (kind,)
-    if Any in several or inspect.Parameter.empty in several:
-        return text if str in several else value
-    kinds = tuple(typing.get_origin(one) or one for one in several)
-    if isinstance(value, kinds):
-        return value
-    if float in kinds and isinstance(value, int):
-        return float(value)
-    if str in kinds:
-        return text
-    expected = " or ".join(one.__name__ for one in kinds)
-    raise UserError(f"{setting}={text} is not of type {expected}")

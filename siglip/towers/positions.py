@@ -12,12 +12,13 @@ standard deviation. So a method always has a name:
   bicubic-antialias   open_clip when it loads its own checkpoints (resize_pos_embed)
 """
 
-import difflib
 from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
+
+from base.words import nearest
 
 # All of a method is a matrix along one axis: from `before` places to `after` of them.
 Weights = Callable[[int, int], Float64[np.ndarray, "after before"]]
@@ -205,9 +206,7 @@ def _weights_at(
 
 def _known(what: str, name: str, names: dict) -> str:
     if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
-        hint = f"the nearest is {near[0]!r}; " if near else ""
-        raise ValueError(f"{what} {name!r} is unknown: {hint}there are {', '.join(names)}")
+        raise ValueError(f"{what} {name!r} is unknown; {nearest(str(name), names)}")
     return name
 
 

@@ -7,11 +7,10 @@ a jax backend.
 
 Why not config_flags.DEFINE_config_file: its overrides reach only keys that the file writes, it
 cannot type a key whose value is None, nor a block whose component another override replaces. The
-syntax and the parsing of single values are its own (absl's parsers).
+syntax is the same.
 """
 
 import dataclasses
-import difflib
 import inspect
 import json
 import os
@@ -24,7 +23,7 @@ from ml_collections import ConfigDict
 
 from base import values
 from base.errors import UserError
-from base.words import close, listed, nearest, one_line, place, show
+from base.words import listed, nearest, one_line, place, show, similar
 from evaluators import EVALUATORS
 from input_pipeline.loader import NUM_THREADS, PREFETCH
 from input_pipeline.sources.registry import SOURCES
@@ -513,10 +512,10 @@ def _unknown(key: str, tree: dict[str, Any], *, flag: bool = False) -> str:
             chosen = "none was chosen" if chosen is REQUIRED else f"not of {chosen!r}"
             return f"{told}: it is a key of {prefix}{choice}={' or '.join(owners)}, {chosen}"
     keys = [path for path, _ in _leaves(tree)]
-    near = [_join(_parent(key), name) for name in close(_leaf(key), siblings)]
+    near = [_join(_parent(key), name) for name in similar(_leaf(key), siblings)]
     same_name = [path for path in keys if _leaf(path) == _leaf(key)]
-    near += difflib.get_close_matches(key, same_name, n=3, cutoff=0)
-    near = near or close(key, keys)
+    near += similar(key, same_name, always=True)
+    near = near or similar(key, keys)
     if near := list(dict.fromkeys(near))[:3]:
         return f"{told}; the nearest: {listed(prefix + path for path in near)}"
     if siblings:

@@ -3,7 +3,6 @@
 It is Python, so whatever goes wrong in it is told as one line with its place.
 """
 
-import difflib
 import importlib.util
 import inspect
 import pathlib
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 
 from base import values
 from base.errors import UserError
-from base.words import listed, nearest, one_line, show
+from base.words import listed, nearest, one_line, show, similar
 
 _EMPTY = inspect.Parameter.empty
 
@@ -74,7 +73,7 @@ def _split(config_flag: str) -> tuple[pathlib.Path, str]:
         return file, match[2] or ""
     folders = [folder for folder in (file.parent, pathlib.Path("configs")) if folder.is_dir()]
     files = sorted({str(f) for folder in folders for f in folder.glob("*.py") if f.stem[0] != "_"})
-    near = difflib.get_close_matches(str(file), files, cutoff=0.4) or files
+    near = similar(str(file), files) or files
     what = "there is no such file" if match else "a config is a Python file, path.py[:arguments]"
     hint = f"; the nearest: {listed(near)}" if near else ""
     raise UserError(f"--config={config_flag}: {what}{hint}")
@@ -96,8 +95,6 @@ def _arguments(get_config: Callable, args: str, file: pathlib.Path) -> dict[str,
         if not equals and kind is not bool:
             raise UserError(f"{show(file)}: argument {name} needs a value, {name}=...")
         text = text if equals else "true"
-        if kind is str and re.fullmatch(r"""(['"]).*\1""", text, re.DOTALL):
-            text = text[1:-1]  # the quotes kept its commas together
         given[name] = values.parse_key(text, kind, name, f"{show(file)}: argument {name}")
     if lacking := [n for n, p in parameters.items() if p.default is _EMPTY and n not in given]:
         asked = ",".join(f"{name}=..." for name in lacking)

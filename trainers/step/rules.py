@@ -1,12 +1,12 @@
 """Per-parameter settings by regex: every parameter matches exactly one rule of a list."""
 
-import difflib
 import re
 from typing import Any
 
 import jax
 
 from base.errors import UserError
+from base.words import similar
 
 ELSE = "else"  # the rule for what no other rule of its list matches
 
@@ -50,7 +50,7 @@ def match_rules(rules: Any, names: list[str], *, key: str) -> dict[str, Any]:
         values[name] = compiled[rule][1]
     for rule in compiled:
         if rule not in used and rule != ELSE:
-            near = difflib.get_close_matches(rule, names, n=3, cutoff=0.0)
+            near = similar(rule, names, always=True)
             raise UserError(
                 f"{key}: rule '{rule}' matches no parameter; the nearest are {_listed(near)}"
             )
