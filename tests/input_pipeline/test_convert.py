@@ -354,7 +354,7 @@ def test_settings_are_of_the_type_that_the_source_wants(tmp_path, monkeypatch):
     words = ["s", "path='2024'", "some=train[:9%]"]
     assert command.make_source(words).given == ("2024", 1, 0.5, "train[:9%]", ())
     for pair in ("n=x", "n=1.5", "p=x", "pairs=x"):
-        with pytest.raises(UserError, match=f"^{pair} is not of type"):
+        with pytest.raises(UserError, match=f"^{pair} is not an? "):
             command.make_source(["s", "path=x", pair])
 
 

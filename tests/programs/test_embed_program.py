@@ -151,7 +151,7 @@ def test_bad_examples_are_told(tmp_path, capsys):
         (["--model_option", "lacks=img"], "--model tiny: tiny holds no image tower"),
         (["--model_option", "lacks=txt"], "--model tiny: tiny holds no text tower"),
         (["--model_option", "lacks=tokenizer"], "--model tiny: tiny came without its tokenizer"),
-        (["--model_option", "seed=x"], "seed=x is not of type int"),
+        (["--model_option", "seed=x"], "seed=x is not an int"),
         (["--source", "scene"], "there is no source 'scene'; the nearest: scenes"),
         (["--source", "scenes", "siz=5"], "source scenes has no setting 'siz'; the nearest: size"),
         (["--source", "files"], "source files needs path=..."),
