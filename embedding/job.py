@@ -21,7 +21,7 @@ from base.errors import UserError
 from embedding.reading import Reader, Row, Slots, zeros_of
 from embedding.store import Store, Writer
 from input_pipeline import loader
-from input_pipeline.bad_examples import Bad
+from input_pipeline.bad_examples import BadExamples
 from input_pipeline.errors import BadExample
 from input_pipeline.sources.embeddings import KINDS
 from siglip.sharding import batch_sharding, local_mesh, replicated, to_device
@@ -36,7 +36,7 @@ EVERY = 5.0  # seconds between two lines of progress
 class Embedded(NamedTuple):
     """What became of this process's shards, and of the folder."""
 
-    bad: Bad
+    bad: BadExamples
     manifest: dict[str, Any] | None  # None: shards of other processes are missing
 
 
@@ -292,7 +292,7 @@ class _Allowed:
     many."""
 
     def __init__(self, store: Store, fraction: float):
-        self.met, self._rows, self._fraction = Bad(), store.rows, fraction
+        self.met, self._rows, self._fraction = BadExamples(), store.rows, fraction
         for error, name in store.bad():
             self.met.record(error, name)
         self._earlier, self._seen = self.met.count, 0

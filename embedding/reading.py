@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from base.errors import UserError
-from input_pipeline.bad_examples import Bad
+from input_pipeline.bad_examples import BadExamples
 from input_pipeline.errors import BadExample
 
 TRIES = 64  # examples from all over the source, for one that shows what a row is like
@@ -118,7 +118,7 @@ def zeros_of(source: Any, preprocess: Any, what: Sequence[str]) -> dict[str, np.
 
 def _one(source: Any, preprocess: Any) -> dict[str, np.ndarray]:
     """The image of any good example, from all over the source."""
-    bad, tries = Bad(), min(TRIES, len(source))
+    bad, tries = BadExamples(), min(TRIES, len(source))
     for i in range(tries):
         example: dict[str, Any] = {}
         try:

@@ -1,1 +1,1 @@
-"""Bytes to batches on the host: sources, transforms, loader. Nothing here imports jax."""
+"""From bytes to batches on the host: sources, transforms, loader. Nothing here imports jax."""

@@ -1,13 +1,13 @@
-"""An example that cannot be used, and the kinds by which such examples are counted."""
+"""The exception for an example that cannot be used, and the kinds by which they are counted."""
 
 
 class BadExample(Exception):
     """An example that cannot be used. Training counts it and goes on, evaluation stops.
 
     Attributes:
-      kind: what counts are kept by, one of KINDS.
-      detail: what more is known; for people.
-      id, shard: the example and the file it came in, where the one who raises it knows them.
+      kind: one of KINDS; examples are counted by it.
+      detail: what is wrong with this one, for people.
+      id, shard: the example and the file it is in, where the code that raises knows them.
     """
 
     def __init__(self, kind: str, detail: str = "", *, id: str = "", shard: str = ""):
@@ -16,14 +16,15 @@ class BadExample(Exception):
         super().__init__(f"{kind}: {detail}" if detail else kind)
 
 
+# A batch stores a kind as 1 + its place in this tuple.
 KINDS = (
-    "no image",  # missing, or without a byte
+    "no image",  # missing or empty
     "unknown image format",
     "image too large",
     "damaged image",
-    "unusable image",  # decodes, but to values whose meaning is not known
+    "unusable image",  # decodes, but its values have no known meaning
     "no caption",
     "caption not UTF-8",
-    "damaged record",  # checksum, container, or a field of another type
-    "unusable caption",  # has a token that the model has no row for
+    "damaged record",  # checksum, container, or a field of the wrong type
+    "unusable caption",  # has a token beyond the model's embedding table
 )

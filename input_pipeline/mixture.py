@@ -1,4 +1,4 @@
-"""Several sources as one: by weight, or the languages of one by temperature."""
+"""Mixtures: several sources by weight, or the languages of one source by temperature."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -12,12 +12,14 @@ from input_pipeline.order import Pattern, order_of
 
 
 class Mixture:
-    """The parts one after another; in training as often as their weights say, each in its own
-    epochs. A small part with a large weight is seen in more epochs than the others.
+    """A source whose indices run through its parts one after another.
+
+    In training each part comes as often as its weight says and has epochs of its own: a small part
+    with a large weight is seen in more epochs than the others.
 
     Args:
       parts: name -> source.
-      weights: of the parts, in their order; any positive numbers.
+      weights: one per part, in their order; only their ratios count.
 
     Raises:
       UserError: there is no part, a part is empty, or a weight is out of range.
@@ -35,9 +37,9 @@ class Mixture:
             raise UserError(f"mixture of {', '.join(parts) or 'nothing'}: {error}") from error
         self.names, self._parts = list(parts), list(parts.values())
         self._starts = np.concatenate([[0], np.cumsum([len(part) for part in self._parts])])
-        spaces = [identities(part) for part in self._parts]
-        self._first = np.concatenate([[0], np.cumsum(spaces)]).tolist()
-        self.identities = self._first[-1]
+        counts = [identities(part) for part in self._parts]
+        self._first_identity = np.concatenate([[0], np.cumsum(counts)]).tolist()
+        self.identities = self._first_identity[-1]
         self.damage = sum(
             (Counter(getattr(part, "damage", {})) for part in parts.values()), Counter()
         )
@@ -50,12 +52,13 @@ class Mixture:
         return {"source": self.names[part], **self._parts[part][inside]}
 
     def identity(self, i: int) -> int:
-        """The same number for the same example."""
+        """A number below `identities`, the same for the same example."""
         part, inside = self._find(i)
-        return self._first[part] + identity(self._parts[part], inside)
+        return self._first_identity[part] + identity(self._parts[part], inside)
 
     def order(self, seed: int) -> "_MixedOrder":
-        # Each part has a seed of its own: two copies of a source are not in step.
+        """Position in the stream -> index. Each part has a seed of its own, so that two copies of
+        a source do not come in the same order."""
         seeds = np.random.SeedSequence(seed).generate_state(len(self._parts))
         orders = [order_of(part, int(seed)) for part, seed in zip(self._parts, seeds)]
         return _MixedOrder(self._pattern, orders, self._starts)
@@ -68,6 +71,8 @@ class Mixture:
 
 
 class _MixedOrder:
+    """Maps a position to an index: the pattern gives the part, the part's order its example."""
+
     def __init__(self, pattern: Pattern, orders: list, starts: np.ndarray):
         self._pattern, self._orders, self._starts = pattern, orders, starts
 
@@ -77,7 +82,7 @@ class _MixedOrder:
 
 
 class OneLanguage:
-    """The examples of a source that have a text in a language, with those texts alone."""
+    """The examples of a source that have texts in one language, with only these texts."""
 
     class_names = None
 
@@ -89,25 +94,26 @@ class OneLanguage:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         example = self._source[int(self._indices[i])]
-        wanted = [k for k, tag in enumerate(example["languages"]) if tag == self._language]
+        places = [k for k, tag in enumerate(example["languages"]) if tag == self._language]
         parallel = {
             key: example[key] for key in ("texts", "languages", "weights") if key in example
         }
-        return {**example, **{k: [v[w] for w in wanted] for k, v in parallel.items()}}
+        return {**example, **{key: [v[k] for k in places] for key, v in parallel.items()}}
 
     def identity(self, i: int) -> int:
         return identity(self._source, int(self._indices[i]))
 
 
 class Languages(Mixture):
-    """A source with its languages balanced: language l, in n_l examples, has a share of the stream
-    that is proportional to n_l ** (1 / temperature). 1: as they come; large: all alike. As in
-    multilingual BERT and XLM-R (arXiv:1911.02116, their exponent is 1 / temperature).
+    """A source whose languages are balanced by a temperature.
 
-    An example with texts in several languages is one example of each.
+    A language that n examples have gets a share of the stream proportional to
+    n ** (1 / temperature): with 1 as often as it comes, with a large temperature all languages
+    equally often. Multilingual BERT and XLM-R do so (arXiv:1911.02116; their exponent is
+    1 / temperature). An example with texts in several languages counts as one example of each.
 
     Raises:
-      UserError: the source tells no languages, or temperature is not positive.
+      UserError: the source has no languages, or temperature is not positive.
     """
 
     def __init__(self, source: Any, temperature: float):
@@ -116,23 +122,23 @@ class Languages(Mixture):
                 f"config.input.language_temperature={temperature} must be above 0 "
                 "(1: languages as often as they come; 100: nearly all alike)"
             )
-        found = languages_of(source)
-        if not found:
+        indices = languages_of(source)
+        if not indices:
             raise UserError(
                 "config.input.language_temperature is set, but this source has no languages; "
                 "leave it unset, or name where the language stands (`language`, `language_column`)"
             )
-        tagged = len(np.unique(np.concatenate(list(found.values()))))
+        tagged = len(np.unique(np.concatenate(list(indices.values()))))
         if tagged < len(source):
             logging.warning(
                 "languages: %d of %d examples name no language and are left out",
                 len(source) - tagged,
                 len(source),
             )
-        counts = {language: len(indices) for language, indices in sorted(found.items())}
+        counts = {language: len(indices[language]) for language in sorted(indices)}
         largest = max(counts.values())
         super().__init__(
-            {tag: OneLanguage(source, tag, found[tag]) for tag in counts},
+            {language: OneLanguage(source, language, indices[language]) for language in counts},
             tuple((count / largest) ** (1 / temperature) for count in counts.values()),
         )
         self.identities = identities(source)  # one source, whatever the language
@@ -149,15 +155,15 @@ class Languages(Mixture):
 
 
 def languages_of(source: Any) -> dict[str, np.ndarray]:
-    """Language -> indices; {} where the source knows none."""
+    """Language -> indices of its examples; {} where the source has no languages."""
     return source.by_language() if hasattr(source, "by_language") else {}
 
 
 def identities(source: Any) -> int:
-    """All identities are below this number."""
+    """The number below which all identities of a source lie."""
     return getattr(source, "identities", len(source))
 
 
 def identity(source: Any, i: int) -> int:
-    """The same number for the same example of a source, under whatever index it is met."""
+    """A number for example i, the same at every index that leads to the same example."""
     return source.identity(i) if hasattr(source, "identity") else i

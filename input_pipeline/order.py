@@ -1,6 +1,6 @@
-"""Which example stands where in the endless stream of a run: a function of (seed, position).
+"""The order of examples in the endless stream of a run, as a function of (seed, position).
 
-Nothing is kept between two positions, so the stream starts at position 10^9 as fast as at 0.
+No state is kept between positions, so the stream starts at position 10^9 as fast as at 0.
 """
 
 import functools
@@ -12,12 +12,13 @@ from typing import Any
 import grain
 import numpy as np
 
-# Weights are resolved to 1 / period: the shortest of 10^4, 10^5, 10^6 that resolves the smallest.
-LEAST_PERIOD, MOST_PERIOD = 10_000, 1_000_000
+# Weights are rounded to multiples of 1 / period, with the shortest of 10^4, 10^5, 10^6 in which
+# the smallest weight is not rounded to 0.
+MIN_PERIOD, MAX_PERIOD = 10_000, 1_000_000
 
 
 def order_of(source: Any, seed: int) -> Any:
-    """Position -> index in the source: the source's own order, else epochs of permutations."""
+    """Maps a position to an index in the source: by its own order, or by permuted epochs."""
     if hasattr(source, "order"):
         return source.order(seed)
     blocks = getattr(source, "blocks", None)
@@ -27,26 +28,26 @@ def order_of(source: Any, seed: int) -> Any:
 
 
 class Epochs:
-    """Every epoch is a permutation of all examples, a new one each."""
+    """Epochs, each a new permutation of all examples."""
 
     def __init__(self, examples: int, seed: int):
         self._examples, self._seed = examples, seed
 
     def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self._examples)
-        return _shuffled(place, self._examples, _seed_of(self._seed, epoch))
+        epoch, index = divmod(position, self._examples)
+        return _permuted(index, self._examples, _derive_seed(self._seed, epoch))
 
 
 class BlockEpochs:
     """Epochs for files that are cheap to read a block at a time, such as row groups of Parquet.
 
-    Every epoch is a permutation of the blocks; `window` of them, as they follow each other there,
-    are permuted together. So a reader needs no more than two windows in memory, and examples of a
-    block still meet those of window - 1 others, which change with the epoch.
+    An epoch permutes the blocks, cuts them into windows of `window` blocks, and permutes the
+    examples of each window. So a reader has at most two windows in memory, and examples of a
+    block are mixed with those of window - 1 other blocks, which differ between epochs.
 
     Args:
-      blocks: [k + 1] starts of the blocks, then the number of examples.
-      window: blocks that are mixed.
+      blocks: int [k + 1], the first index of each block, then the number of examples.
+      window: number of blocks whose examples are permuted together.
     """
 
     def __init__(self, blocks: np.ndarray, window: int, seed: int):
@@ -54,38 +55,39 @@ class BlockEpochs:
         self._window, self._seed = window, seed
         self._examples = int(self._starts[-1])
         self._lock = threading.Lock()
-        # Two epochs: a batch may lie in both.
-        self._laid_out = functools.lru_cache(maxsize=2)(self._lay_out)
+        # Two epochs, because a batch may span both.
+        self._layout = functools.lru_cache(maxsize=2)(self._make_layout)
 
     def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self._examples)
-        with self._lock:  # else every thread would lay out a new epoch
-            blocks, ends = self._laid_out(epoch)
-        window = int(np.searchsorted(ends[self._window - 1 :: self._window], place, "right"))
+        epoch, index = divmod(position, self._examples)
+        with self._lock:  # without it every thread would compute a new epoch's layout
+            blocks, ends = self._layout(epoch)
+        window = int(np.searchsorted(ends[self._window - 1 :: self._window], index, "right"))
         first = window * self._window
         last = min(first + self._window, len(blocks))
         start = int(ends[first - 1]) if first else 0
         size = int(ends[last - 1]) - start
-        place = start + _shuffled(place - start, size, _seed_of(self._seed, epoch, window))
-        block = int(np.searchsorted(ends, place, "right"))
+        index = start + _permuted(index - start, size, _derive_seed(self._seed, epoch, window))
+        block = int(np.searchsorted(ends, index, "right"))
         before = int(ends[block - 1]) if block else 0
-        return int(self._starts[blocks[block]]) + place - before
+        return int(self._starts[blocks[block]]) + index - before
 
-    def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The blocks of an epoch in their order, and the place where each of them ends."""
+    def _make_layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks of an epoch in their order [k], and the number of examples up to each end."""
         blocks = np.random.default_rng((self._seed, epoch)).permutation(len(self._starts) - 1)
         return blocks, np.cumsum(np.diff(self._starts)[blocks])
 
 
 class Pattern:
-    """Which part of a mixture a position belongs to, and which position of that part it is.
+    """Maps a position of a mixture to a part and the position in that part's own stream.
 
-    A period holds each part as often as its weight says (to 1 / period, but at least once), and
-    then repeats. Within it the count of every part stays within one of its share, for any number
-    of parts: the j-th position of a part with c of P lies between j P / c and (j + 1) P / c.
+    The pattern repeats after `period` positions. In a period each part comes as often as its
+    weight says, rounded to 1 / period but at least once. Among the first n positions the count of
+    a part never differs by 1 or more from its share, for any number of parts: the j-th of c
+    occurrences in a period P lies between j P / c and (j + 1) P / c.
 
     Raises:
-      ValueError: no weight is above 0, or one is below or not finite.
+      ValueError: no weight is above 0, or one is negative or not finite.
     """
 
     def __init__(self, weights: Sequence[float]):
@@ -93,12 +95,12 @@ class Pattern:
         if not len(shares) or shares.min() < 0 or not np.isfinite(shares).all() or not shares.any():
             raise ValueError("weights must be at least 0, and one of them above")
         shares /= shares.sum()
-        self.period = LEAST_PERIOD
-        while shares[shares > 0].min() * self.period < 1 and self.period < MOST_PERIOD:
+        self.period = MIN_PERIOD
+        while shares[shares > 0].min() * self.period < 1 and self.period < MAX_PERIOD:
             self.period *= 10
         exact = shares * self.period
         counts = np.maximum(np.floor(exact), shares > 0).astype(np.int64)
-        # Largest remainders; equal ones in the order of the parts.
+        # Largest remainder method; ties go to the earlier part.
         spare = self.period - int(counts.sum())
         for part in np.argsort(counts - exact, kind="stable")[: max(spare, 0)]:
             counts[part] += 1
@@ -110,15 +112,18 @@ class Pattern:
             self._ranks[self._parts == part] = np.arange(count)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """(part, position in the stream of that part)."""
+        """(part, position in its stream)."""
         period, place = divmod(position, self.period)
         part = int(self._parts[place])
         return part, period * int(self.counts[part]) + int(self._ranks[place])
 
 
 def _spread(counts: np.ndarray) -> np.ndarray:
-    """Part of each place of a period: of the parts whose next window has opened, the one whose
-    window closes first (Tijdeman, The chairman assignment problem, 1980)."""
+    """Part at each place of a period, int [period].
+
+    Each occurrence of a part has a window of places that it may take. A place goes to the part
+    with an open window that closes first (Tijdeman, The chairman assignment problem, 1980).
+    """
     period = int(counts.sum())
     opening: list[tuple[float, int]] = [
         (0, part) for part, count in enumerate(counts.tolist()) if count
@@ -138,11 +143,13 @@ def _spread(counts: np.ndarray) -> np.ndarray:
     return parts
 
 
-FEW = 4096  # examples whose permutation is rather kept: the cipher is slow for small sets
+# Up to this many examples the permutation is stored: the cipher is slow for small sets.
+MAX_STORED = 4096
 
 
-def _shuffled(place: int, examples: int, seed: int) -> int:
-    if examples <= FEW:
+def _permuted(place: int, examples: int, seed: int) -> int:
+    """Element `place` of a permutation of range(examples)."""
+    if examples <= MAX_STORED:
         return int(_permutation(examples, seed)[place])
     shuffled = grain.experimental.index_shuffle(place, max_index=examples - 1, seed=seed, rounds=4)
     return int(shuffled)
@@ -154,5 +161,5 @@ def _permutation(examples: int, seed: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=1024)
-def _seed_of(*entropy: int) -> int:
+def _derive_seed(*entropy: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])

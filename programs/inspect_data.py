@@ -21,7 +21,7 @@ import numpy as np
 
 from base.errors import UserError
 from input_pipeline import loader
-from input_pipeline.bad_examples import Bad
+from input_pipeline.bad_examples import BadExamples
 from input_pipeline.errors import KINDS, BadExample
 from input_pipeline.order import order_of
 from programs import contact_sheet
@@ -81,7 +81,7 @@ def _show(config: Any, flags: argparse.Namespace) -> None:
     print(f"{len(source):,} examples; the first {size} rows of each batch of {whole} are made")
     for (kind, shard), count in sorted(getattr(source, "damage", {}).items()):
         print(f"  left out of {shard}: {count} {kind}")
-    bad, begin, cpu = Bad(), time.monotonic(), time.process_time()
+    bad, begin, cpu = BadExamples(), time.monotonic(), time.process_time()
     with loader.train_batches(
         source,
         preprocess,

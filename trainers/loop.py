@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from base.errors import UserError
 from input_pipeline import loader
-from input_pipeline.bad_examples import Bad
+from input_pipeline.bad_examples import BadExamples
 from input_pipeline.errors import KINDS
 from input_pipeline.sources import storage
 from siglip.sharding import to_device
@@ -59,7 +59,7 @@ class Run:
     writer: Writer
     clock: Clock
     progress: Progress
-    bad: Bad  # the bad examples that this process met, by name
+    bad: BadExamples  # the bad examples that this process met, by name
     bad_counts: np.ndarray  # of all processes, by kind, in all steps that are done
     checked: tuple[int, int]  # (step, bad examples) up to which none came in crowds
 
@@ -141,7 +141,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
             writer,
             clock,
             progress,
-            Bad(),
+            BadExamples(),
             bad_counts,
             (first, int(bad_counts.sum())),
         )

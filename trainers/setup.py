@@ -13,7 +13,7 @@ from absl import logging
 from base.errors import UserError
 from evaluators import EVALUATORS
 from evaluators.strict_source import Whole
-from input_pipeline.bad_examples import Bad
+from input_pipeline.bad_examples import BadExamples
 from input_pipeline.mixture import Languages, Mixture, languages_of
 from input_pipeline.order import order_of
 from input_pipeline.sources.registry import SOURCES
@@ -187,7 +187,7 @@ def _check_damage(sources: dict[str, Any], allowed: float) -> None:
         damage = getattr(source, "damage", {})
         if not damage:
             continue
-        bad, total = Bad(), sum(damage.values())
+        bad, total = BadExamples(), sum(damage.values())
         for (kind, shard), count in damage.items():
             bad.add(kind, shard, count)
         told = f"{total} samples of {name} are left out, {len(source)} are not: {bad.worst()}"

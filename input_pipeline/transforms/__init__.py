@@ -1,1 +1,1 @@
-"""Example -> pixels and token ids, as a program of plain functions."""
+"""Preprocessing: from an example to pixels and token ids, by steps that are plain functions."""

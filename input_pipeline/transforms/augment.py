@@ -1,7 +1,7 @@
-"""Random changes of an image, uint8 in and out, of the same size. The rng decides all of them.
+"""Random changes of an image, uint8 in and out, of the same size; a function of the rng.
 
-On PIL: a dependency already, well kept, and the library that the papers' own operations are
-defined by. Captions do not change along: what names a side or a colour becomes wrong.
+They use PIL, by whose operations the papers define theirs. Captions do not change along: one that
+names a side or a colour may become wrong.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Pixels = UInt8[np.ndarray, "h w 3"]
 
 
 def flip(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """Mirrored left to right, every second time."""
+    """The image, mirrored left to right with probability 1/2."""
     return np.ascontiguousarray(image[:, ::-1]) if rng.random() < 0.5 else image
 
 
@@ -26,8 +26,10 @@ def color_jitter(
     saturation: float = 0.4,
     hue: float = 0.0,
 ) -> Pixels:
-    """Factors of 1 - x to 1 + x for the first three, not below 0; hue turned by -x to x, at most
-    0.5, half the circle of colours. All in random order, as torchvision's ColorJitter.
+    """The image with changed colours, as by torchvision's ColorJitter.
+
+    Brightness, contrast and saturation are multiplied by 1 - x to 1 + x (not below 0), hue is
+    turned by -x to x (at most 0.5, half the colour circle), in random order.
 
     Raises:
       ValueError: an argument below 0, or hue above 0.5.
@@ -35,8 +37,8 @@ def color_jitter(
     if min(brightness, contrast, saturation, hue) < 0 or hue > 0.5:
         raise ValueError("brightness, contrast, saturation must be 0 or more, hue 0 to 0.5")
     changes: list[tuple[Callable[[Image.Image, float], Image.Image], float]] = [
-        (enhance, rng.uniform(max(0.0, 1 - most), 1 + most))
-        for enhance, most in (
+        (enhance, rng.uniform(max(0.0, 1 - strength), 1 + strength))
+        for enhance, strength in (
             (_brightness, brightness),
             (_contrast, contrast),
             (_color, saturation),
@@ -53,12 +55,13 @@ def color_jitter(
 def rand_augment(
     image: Pixels, rng: np.random.Generator, layers: int = 2, magnitude: float = 10
 ) -> Pixels:
-    """`layers` of the 14 OPS, drawn with repetition (RandAugment: Cubuk et al., arXiv:1909.13719).
+    """The image after `layers` of the 14 OPS, drawn with repetition: RandAugment.
 
-    Every op that has a strength grows with the magnitude, from 0, no change, to 10, the end of the
-    range that AutoAugment gives it (arXiv:1805.09501, table 6); the signs are random. So has
-    torchvision. In big_vision's randaug there are 16 ops, Posterize and Solarize are weakest at 10,
-    and the factors of Color, Contrast, Brightness and Sharpness go from 0.1 at 0 to 1.9 at 10.
+    Cubuk et al., arXiv:1909.13719. The strength of an op grows with the magnitude, from 0, no
+    change, to 10, the end of the range that AutoAugment gives it (arXiv:1805.09501, table 6); the
+    signs are random. torchvision does the same. big_vision's randaug differs: it has 16 ops,
+    Posterize and Solarize are weakest at 10, and the factors of Color, Contrast, Brightness and
+    Sharpness go from 0.1 at 0 to 1.9 at 10.
 
     Raises:
       ValueError: a magnitude outside of 0 to 10.
@@ -90,7 +93,7 @@ def _sharpness(image: Image.Image, factor: float) -> Image.Image:
 def _turn_hue(image: Image.Image, turn: float) -> Image.Image:
     steps = round(256 * turn)
     if not steps:
-        return image  # HSV and back would lose a little
+        return image  # converting to HSV and back would change some pixels
     hue, saturation, value = image.convert("HSV").split()
     hue = hue.point([(h + steps) % 256 for h in range(256)])
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
@@ -106,7 +109,7 @@ def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
     )
 
 
-# Image, strength from -1 to 1 (only what has two directions looks at the sign) -> image.
+# (image, strength from -1 to 1) -> image; ops without two directions ignore the sign.
 OPS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
     lambda image, s: image,
     lambda image, s: ImageOps.autocontrast(image),
@@ -120,7 +123,7 @@ OPS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
     lambda image, s: _sharpness(image, 1 + 0.9 * s),
     lambda image, s: _affine(image, (1, 0.3 * s, 0, 0, 1, 0)),  # shear along x
     lambda image, s: _affine(image, (1, 0, 0, 0.3 * s, 1, 0)),  # shear along y
-    # 150 of AutoAugment's 331 pixels.
+    # Shifts along x and y: by up to 150 of AutoAugment's 331 pixels.
     lambda image, s: _affine(image, (1, 0, 150 / 331 * s * image.width, 0, 1, 0)),
     lambda image, s: _affine(image, (1, 0, 0, 0, 1, 150 / 331 * s * image.height)),
 )

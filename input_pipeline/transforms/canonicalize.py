@@ -1,4 +1,4 @@
-"""One spelling for class names and prompt templates."""
+"""Canonical spelling of class names and prompt templates."""
 
 import string
 
@@ -6,14 +6,14 @@ _WITHOUT_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", "
 
 
 def canonicalize_text(text: str, *, keep_punctuation_exact_string: str = "") -> str:
-    """Lower case, no ASCII punctuation, "_" as a space, single spaces, none at the ends.
+    """The text in lower case, without ASCII punctuation, "_" as a space, with single spaces.
 
     Args:
-      text: any text; letters and punctuation beyond ASCII stay (but letters become lower case).
-      keep_punctuation_exact_string: this exact string survives, e.g. '{}' in a template. A lone
-        '{' does not.
+      text: any text. Punctuation beyond ASCII stays.
+      keep_punctuation_exact_string: an exact string that is kept, e.g. '{}' in a template. A lone
+        '{' is still removed.
 
-    The behaviour, and the name of the argument, of big_vision's prompt_engineering.
+    Source: big_vision's prompt_engineering, also for the argument's name.
     """
     keep = keep_punctuation_exact_string
     parts = text.split(keep) if keep else [text]

@@ -1,7 +1,7 @@
-"""Image bytes -> RGB pixels. Whatever is wrong with them becomes one exception, BadExample.
+"""Decoding of image bytes to RGB pixels. Every failure becomes one exception, BadExample.
 
-JPEG goes through simplejpeg (libjpeg-turbo, the same pixels as PIL's to the bit); what it refuses,
-and all else, through PIL.
+JPEG is decoded by simplejpeg (libjpeg-turbo, bit for bit PIL's pixels), all other formats and
+what simplejpeg refuses by PIL.
 """
 
 import io
@@ -13,16 +13,17 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
+from base.words import one_line
 from input_pipeline.errors import BadExample
 
 # A small file can claim to be a huge image and take all memory, so the size in the header is
-# checked before any pixel is decoded. PIL's own limit: 268 MB as RGB.
+# checked before any pixel is decoded. This is PIL's own limit, 268 MB as RGB.
 MAX_PIXELS = 89_478_485
 
-# No others: PIL has readers that nobody needs here and that start programs (EPS).
+# PIL reads more formats; some, such as EPS, start other programs.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 
-# EXIF orientation -> how to turn the stored pixels upright.
+# EXIF orientation -> function that turns the stored pixels upright.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
@@ -34,28 +35,28 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def decode(image: bytes | np.ndarray, least: int = 0) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB pixels, upright by EXIF, transparent parts over white, the first frame of a film.
+def decode(image: bytes | np.ndarray, min_side: int = 0) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB pixels: upright by EXIF, transparent parts over white, the first frame of an animation.
 
-    Of 16 bits the upper 8 are kept. Arrays are checked and returned as they are.
+    Of 16-bit values the upper 8 bits are kept. Arrays are checked and returned as they are.
 
     Args:
       image: the bytes of a file, or an array.
-      least: where above 0, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as both
-        sides keep this many pixels: 2 to 10 times as fast, and other pixels.
+      min_side: if above 0, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as both
+        sides keep this many pixels: 2 to 10 times as fast, but other pixels.
 
     Raises:
-      BadExample: with its kind.
+      BadExample: the image cannot be used.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            told = f"an array must be uint8[h,w,3], not {image.dtype}{[*image.shape]}"
-            raise BadExample("unusable image", told)
+            detail = f"an array must be uint8[h,w,3], not {image.dtype}{[*image.shape]}"
+            raise BadExample("unusable image", detail)
         return image
     if not image:
         raise BadExample("no image", "the file is missing or empty")
     try:
-        pixels = _decode_jpeg(image, least) if image[:2] == b"\xff\xd8" else None
+        pixels = _decode_jpeg(image, min_side) if image[:2] == b"\xff\xd8" else None
         return np.ascontiguousarray(_decode_pil(image) if pixels is None else pixels)
     except (BadExample, MemoryError):
         raise
@@ -63,21 +64,21 @@ def decode(image: bytes | np.ndarray, least: int = 0) -> UInt8[np.ndarray, "h w 
         raise BadExample("image too large", f"more than {MAX_PIXELS} pixels") from error
     except Image.UnidentifiedImageError as error:
         raise BadExample("unknown image format", f"none of {', '.join(FORMATS)}") from error
-    except Exception as error:  # decoders raise whatever a damaged file leads them to
-        told = " ".join(str(error).split())[:200] or type(error).__name__
-        raise BadExample("damaged image", told) from error
+    except Exception as error:  # on damaged files decoders raise exceptions of any type
+        detail = one_line(error)[:200] or type(error).__name__
+        raise BadExample("damaged image", detail) from error
 
 
-def _decode_jpeg(data: bytes, least: int) -> np.ndarray | None:
-    """None: one for PIL (CMYK; or with an error, of which PIL knows the harmless ones)."""
+def _decode_jpeg(data: bytes, min_side: int) -> np.ndarray | None:
+    """Pixels, or None where PIL must decode: CMYK, and errors, of which PIL tolerates some."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(int(width), int(height))
         if colorspace in ("CMYK", "YCCK"):
             return None
-        # Never to 5/8 or the like: those are slower than the whole image.
+        # Only powers of two: other scales, such as 5/8, are slower than the whole image.
         shrink = 8
-        while shrink > 1 and (not least or min(int(height), int(width)) // shrink < least):
+        while shrink > 1 and (not min_side or min(int(height), int(width)) // shrink < min_side):
             shrink //= 2
         smaller: dict[str, Any] = {
             "min_height": int(height) // shrink,
@@ -90,18 +91,18 @@ def _decode_jpeg(data: bytes, least: int) -> np.ndarray | None:
         try:
             with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
                 return _upright(pixels, header)
-        except Exception:  # see _upright; Image.open reads EXIF itself
+        except Exception:  # Image.open reads EXIF too; as in _upright, damaged EXIF is ignored
             return pixels
     return pixels
 
 
 def _has_exif(data: bytes) -> bool:
-    """Whether one of the APP segments, which come first, is EXIF: PIL takes longer to say so."""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF and (data[at + 1] & 0xF0) == 0xE0:
-        if data[at + 1] == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+    """Whether one of the APP segments, which come first, is EXIF. Faster than asking PIL."""
+    offset = 2
+    while offset + 4 <= len(data) and data[offset] == 0xFF and (data[offset + 1] & 0xF0) == 0xE0:
+        if data[offset + 1] == 0xE1 and data[offset + 4 : offset + 10] == b"Exif\0\0":
             return True
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
     return False
 
 
@@ -113,8 +114,7 @@ def _decode_pil(data: bytes) -> np.ndarray:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        told = f"{width} x {height} is more than {MAX_PIXELS} pixels"
-        raise BadExample("image too large", told)
+        raise BadExample("image too large", f"{width} x {height} is more than {MAX_PIXELS} pixels")
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
@@ -136,7 +136,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
 def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
     try:
         orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # damaged EXIF is no reason to lose the pixels
+    except Exception:  # the pixels are good even if EXIF is damaged
         return pixels
     turn = _UPRIGHT.get(orientation)
     return turn(pixels) if turn else pixels

@@ -1,7 +1,7 @@
-"""Steps of config.input.image: plain functions from an image to an image.
+"""Steps of config.input.image: plain functions (image, context, *, options) -> image.
 
-Each takes the image and `at`: the side of the model's images, and in training a generator. Without
-one (evaluation) what is random does nothing, or what comes nearest to it.
+In training the context has a random generator. In evaluation it has none: random steps then do
+nothing, or the nearest deterministic thing, such as the centre crop.
 """
 
 import dataclasses
@@ -11,139 +11,147 @@ import numpy as np
 
 from input_pipeline.errors import BadExample
 from input_pipeline.transforms import augment, naflex, resize
-from input_pipeline.transforms import decode as files
+from input_pipeline.transforms import decode as image_files
 
 
 @dataclasses.dataclass(frozen=True)
-class At:
-    """Where a step is taken.
+class ImageContext:
+    """What a step knows beside the image.
 
     Attributes:
       res: side of the model's images, in pixels (config.input.res).
-      rng: draws of this example, in training; None in evaluation.
+      rng: random generator of this example in training; None in evaluation.
     """
 
     res: int
     rng: np.random.Generator | None = None
 
 
-def decode(image: bytes | np.ndarray, at: At, *, shrink: int = 0) -> np.ndarray:
-    """Bytes -> pixels. shrink: a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as
-    both sides keep at least so many pixels; much faster, and not the same pixels. 0: never."""
-    return files.decode(image, _at_least(0, shrink=shrink))
+def decode(image: bytes | np.ndarray, context: ImageContext, *, shrink: int = 0) -> np.ndarray:
+    """Decodes bytes to pixels. shrink: decode a large JPEG at 1/2, 1/4 or 1/8 of its size as long
+    as both sides keep at least this many pixels; much faster, but other pixels. 0: never."""
+    _check_at_least(0, shrink=shrink)
+    return image_files.decode(image, shrink)
 
 
-def squash(image: np.ndarray, at: At, *, method: str = "bilinear") -> np.ndarray:
-    """To res x res whatever the aspect ratio, as the released models were trained."""
-    return resize.squash(image, at.res, _method(method))
+def squash(image: np.ndarray, context: ImageContext, *, method: str = "bilinear") -> np.ndarray:
+    """Resizes to res x res, ignoring the aspect ratio, as the released models were trained."""
+    return resize.squash(image, context.res, _known_method(method))
 
 
 def shorter_side(
-    image: np.ndarray, at: At, *, size: int = 0, method: str = "bilinear"
+    image: np.ndarray, context: ImageContext, *, size: int = 0, method: str = "bilinear"
 ) -> np.ndarray:
-    """The aspect ratio stays, the shorter side becomes `size` (0: res)."""
-    return resize.shorter_side(image, _at_least(0, size=size) or at.res, _method(method))
+    """Resizes so that the shorter side is `size` (0: res), keeping the aspect ratio."""
+    _check_at_least(0, size=size)
+    return resize.shorter_side(image, size or context.res, _known_method(method))
 
 
-def center_crop(image: np.ndarray, at: At) -> np.ndarray:
-    """The middle res x res."""
-    return resize.center_crop(image, at.res)
+def center_crop(image: np.ndarray, context: ImageContext) -> np.ndarray:
+    """Crops the central res x res."""
+    return resize.center_crop(image, context.res)
 
 
-def random_crop(image: np.ndarray, at: At) -> np.ndarray:
-    """Any res x res; in evaluation the middle one."""
-    if at.rng is None:
-        return resize.center_crop(image, at.res)
-    return resize.random_crop(image, at.rng, at.res)
+def random_crop(image: np.ndarray, context: ImageContext) -> np.ndarray:
+    """Crops a random res x res; in evaluation the central one."""
+    if context.rng is None:
+        return resize.center_crop(image, context.res)
+    return resize.random_crop(image, context.rng, context.res)
 
 
 def random_resized_crop(
     image: np.ndarray,
-    at: At,
+    context: ImageContext,
     *,
     area: tuple = (0.08, 1.0),
     ratio: tuple = (3 / 4, 4 / 3),
     method: str = "bilinear",
 ) -> np.ndarray:
-    """A random rectangle of a share of the area and an aspect ratio between these, to res x res
-    (Szegedy et al. 2015, arXiv:1409.4842); in evaluation all of the image."""
-    for name, (low, high), most in (("area", area, 1.0), ("ratio", ratio, np.inf)):
-        if not 0 < low <= high <= most:
+    """Resizes a random rectangle to res x res, with a share of the image's area and an aspect ratio
+    in these ranges (Szegedy et al. 2015, arXiv:1409.4842); in evaluation the whole image."""
+    for name, (low, high), limit in (("area", area, 1.0), ("ratio", ratio, np.inf)):
+        if not 0 < low <= high <= limit:
             raise ValueError(f"{name}={(low, high)} must be (low, high), above 0")
-    if at.rng is None:
-        return resize.squash(image, at.res, _method(method))
-    return resize.random_resized_crop(image, at.rng, at.res, area, ratio, _method(method))
+    if context.rng is None:
+        return resize.squash(image, context.res, _known_method(method))
+    return resize.random_resized_crop(
+        image, context.rng, context.res, area, ratio, _known_method(method)
+    )
 
 
-def flip(image: np.ndarray, at: At) -> np.ndarray:
-    """Every second image mirrored. Captions that say left or right become wrong."""
-    return image if at.rng is None else augment.flip(image, at.rng)
+def flip(image: np.ndarray, context: ImageContext) -> np.ndarray:
+    """Mirrors every second image, at random. Captions that say left or right become wrong."""
+    return image if context.rng is None else augment.flip(image, context.rng)
 
 
 def color_jitter(
     image: np.ndarray,
-    at: At,
+    context: ImageContext,
     *,
     brightness: float = 0.4,
     contrast: float = 0.4,
     saturation: float = 0.4,
     hue: float = 0.0,
 ) -> np.ndarray:
-    """Brightness, contrast and saturation times 1 - x to 1 + x, hue by up to `hue` of a turn."""
-    if at.rng is None:
+    """Scales brightness, contrast and saturation by 1 - x to 1 + x, turns hue by up to `hue`."""
+    if context.rng is None:
         return image
-    return augment.color_jitter(image, at.rng, brightness, contrast, saturation, hue)
+    return augment.color_jitter(image, context.rng, brightness, contrast, saturation, hue)
 
 
-def rand_augment(image: np.ndarray, at: At, *, layers: int = 2, magnitude: int = 10) -> np.ndarray:
-    """RandAugment (arXiv:1909.13719)."""
-    return image if at.rng is None else augment.rand_augment(image, at.rng, layers, magnitude)
+def rand_augment(
+    image: np.ndarray, context: ImageContext, *, layers: int = 2, magnitude: int = 10
+) -> np.ndarray:
+    """Applies `layers` random changes of this magnitude: RandAugment (arXiv:1909.13719)."""
+    return (
+        image
+        if context.rng is None
+        else augment.rand_augment(image, context.rng, layers, magnitude)
+    )
 
 
 def to_patches(
     image: np.ndarray,
-    at: At,
+    context: ImageContext,
     *,
     max_patches: int = 256,
     patch_size: int = 16,
     method: str = "bilinear-pil",
 ) -> dict[str, Any]:
-    """NaFlex: keeps the aspect ratio, to at most max_patches patches (SigLIP 2, arXiv:2502.14786).
+    """NaFlex: at most max_patches patches, with the aspect ratio kept (SigLIP 2, arXiv:2502.14786).
 
-    image: uint8 [max_patches, patch_size ** 2 * 3], image_mask: bool [max_patches] (False: filled
-    up), image_shape: int32 [2] (rows and columns of patches).
+    Returns image: uint8 [max_patches, patch_size ** 2 * 3], image_mask: bool [max_patches] (False:
+    padding), image_shape: int32 [2] (rows and columns of patches).
     """
-    _at_least(1, max_patches=max_patches, patch_size=patch_size)
-    sized = naflex.resize_to_budget(image, patch_size, max_patches, _method(method))
-    patches, mask, shape = naflex.patchify(sized, patch_size, max_patches)
+    _check_at_least(1, max_patches=max_patches, patch_size=patch_size)
+    resized = naflex.resize_to_budget(image, patch_size, max_patches, _known_method(method))
+    patches, mask, shape = naflex.patchify(resized, patch_size, max_patches)
     return {"image": patches, "image_mask": mask, "image_shape": shape}
 
 
-def embedding(image: bytes | np.ndarray, at: At) -> np.ndarray:
-    """What a frozen tower made of the image, floats [d] -> float32 [d]: the only step of images of
-    a model whose tower is precomputed."""
+def embedding(image: bytes | np.ndarray, context: ImageContext) -> np.ndarray:
+    """Checks an embedding by a frozen tower, floats [d] -> float32 [d]. It is the only step for a
+    model whose image tower is precomputed."""
     if isinstance(image, bytes) and not image:
         raise BadExample("no image", "the embedding is missing")
     if not isinstance(image, np.ndarray) or image.ndim != 1 or image.dtype.kind != "f":
         is_array = isinstance(image, np.ndarray)
-        told = f"{image.dtype}{[*image.shape]}" if is_array else type(image).__name__
-        raise BadExample("unusable image", f"an embedding must be floats [d], not {told}")
-    with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
-        made = image.astype(np.float32)
-    if not np.isfinite(made).all():
+        kind = f"{image.dtype}{[*image.shape]}" if is_array else type(image).__name__
+        raise BadExample("unusable image", f"an embedding must be floats [d], not {kind}")
+    with np.errstate(over="ignore"):  # overflow becomes inf, which is refused below
+        values = image.astype(np.float32)
+    if not np.isfinite(values).all():
         raise BadExample("unusable image", "an embedding must be finite")
-    return made
+    return values
 
 
-def _at_least(least: int, **option: int) -> int:
-    value = 0
-    for name, value in option.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r} is no whole number from {least} on")
-    return value
+def _check_at_least(minimum: int, **options: int) -> None:
+    for name, value in options.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ValueError(f"{name}={value!r} is no whole number from {minimum} on")
 
 
-def _method(name: str) -> str:
+def _known_method(name: str) -> str:
     if name not in resize.METHODS:
         raise ValueError(f"method={name!r} is none of {', '.join(resize.METHODS)}")
     return name
@@ -163,8 +171,8 @@ IMAGE_OPS = {
     "embedding": embedding,
 }
 
-# What released models were trained or are served with, to the pixel. A name of these stands for
-# its steps; to augment, write the steps out.
+# Preprocessing of released models, equal to the pixel. A preset's name stands for its steps; to
+# augment, write the steps out.
 PRESETS = {
     "big_vision": "decode | resize('bilinear-exact')",
     "hf-siglip": "decode | resize('bicubic-pil')",

@@ -1,6 +1,6 @@
 """Images of any aspect ratio as a sequence of patches: the input of SigLIP 2 NaFlex models.
 
-arXiv:2502.14786, 2.4.2. Sizes and patches are those of Hugging Face's Siglip2ImageProcessor.
+arXiv:2502.14786, section 2.4.2. Sizes and patches equal Hugging Face's Siglip2ImageProcessor.
 """
 
 import math
@@ -12,26 +12,26 @@ from input_pipeline.transforms.resize import METHODS
 
 
 def target_size(height: int, width: int, patch_size: int, max_patches: int) -> tuple[int, int]:
-    """(height, width) in pixels, multiples of patch_size with at most max_patches patches.
+    """(height, width) in pixels: multiples of patch_size, with at most max_patches patches.
 
-    The greatest scale of the image whose sides, rounded up to whole patches, fit; small images are
-    enlarged, up to 100 times. The scale is found by bisection in float64, operation by operation
-    as in Hugging Face's get_image_size_for_max_num_patches, because the patch counts jump.
+    It takes the largest scale of the image whose sides, rounded up to whole patches, fit; small
+    images are enlarged, up to 100 times. Patch counts jump with the scale, so the bisection is in
+    float64, operation by operation as in Hugging Face's get_image_size_for_max_num_patches.
 
-    The released models' position embedding covers 64 patches a side; in big_vision more of them
-    become NaN, which images of an aspect ratio above 64 ** 2 / max_patches can meet.
+    In big_vision, position embeddings are NaN beyond 64 patches a side, which an image with an
+    aspect ratio above 64 ** 2 / max_patches can reach.
     """
 
     def patches(side: int, scale: float) -> int:
         return max(1, math.ceil(side * scale / patch_size))
 
-    fits, too_large = 1e-6, 100.0
-    while too_large - fits >= 1e-5:
-        scale = (fits + too_large) / 2
+    fits, exceeds = 1e-6, 100.0
+    while exceeds - fits >= 1e-5:
+        scale = (fits + exceeds) / 2
         if patches(height, scale) * patches(width, scale) <= max_patches:
             fits = scale
         else:
-            too_large = scale
+            exceeds = scale
     return patches(height, fits) * patch_size, patches(width, fits) * patch_size
 
 
@@ -41,7 +41,7 @@ def resize_to_budget(
     max_patches: int,
     method: str = "bilinear-pil",
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """The image at its target_size, by a method of resize.METHODS."""
+    """The image resized to its target_size, by a method of resize.METHODS."""
     height, width = target_size(image.shape[0], image.shape[1], patch_size, max_patches)
     return METHODS[method](image, height, width)
 
@@ -55,12 +55,12 @@ def patchify(
 ]:
     """Patches, mask (True: a patch of the image) and shape (rows, columns of patches).
 
-    Patches stand row by row; the patch_size * patch_size * 3 values of one go by row, column and
-    channel. The rest is zeros, which are black once normalized to [-1, 1]; in Hugging Face's
-    processor, which pads after that, they are gray. The mask hides both.
+    Patches are ordered row by row; the patch_size * patch_size * 3 values of each by row, column
+    and channel. Padding is zeros: black, once normalized to [-1, 1]. Hugging Face's processor pads
+    after normalizing, so its padding is gray; the mask hides both.
 
     Raises:
-      ValueError: the image is no whole number of patches, or more than max_patches.
+      ValueError: the image is not a whole number of patches, or more than max_patches.
     """
     (rows, more_y), (columns, more_x) = (divmod(side, patch_size) for side in image.shape[:2])
     n = rows * columns

@@ -1,4 +1,4 @@
-"""Class names and prompt templates, and the prompts made of them."""
+"""Class names, prompt templates, and the prompts that they make together."""
 
 import functools
 import json
@@ -11,53 +11,58 @@ from input_pipeline.transforms.canonicalize import canonicalize_text
 
 @functools.cache
 def _imagenet() -> dict:
-    # CLIP's names and templates, with their source and licence inside the file.
+    # CLIP's class names and templates; the file holds their source and licence.
     path = pathlib.Path(__file__).with_name("imagenet_prompts.json")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-# Named sets, as in big_vision: clip_paper is CLIP's 80 and clip_best CLIP's 7, each with the bare
-# name added.
+# Named sets, as in big_vision: clip_paper is CLIP's 80 and clip_best CLIP's 7 templates, each
+# followed by the bare name.
 TEMPLATES = {
     "class_name_only": lambda: ("{}",),
     "clip_paper": lambda: (*_imagenet()["templates_80"], "{}"),
     "clip_best": lambda: (*_imagenet()["templates_7"], "{}"),
 }
 
-# 1,000 names curated by CLIP, in the order of the labels (sorted wnids). "missile" (657, 744) and
-# "sunglasses" (836, 837) name two classes each: images of the later one never count as top-1.
+# CLIP's 1,000 curated names in the order of the labels (sorted wnids). "missile" (657, 744) and
+# "sunglasses" (836, 837) name two classes each: images of the later one are never top-1 correct.
 CLASSNAMES = {"imagenet": lambda: tuple(_imagenet()["classnames"])}
 
 
 def resolve_templates(templates: tuple | str) -> tuple[str, ...]:
-    """Templates from templates (with '{}') and names of sets, in any mixture.
+    """All templates: those given (with '{}'), and those of the sets given by name.
 
     Raises:
-      UserError: neither a template nor the name of a set.
+      UserError: an item is neither a template nor the name of a set, or there is none.
     """
-    found: list[str] = []
+    resolved: list[str] = []
     for item in (templates,) if isinstance(templates, str) else templates:
         if "{}" in item:
-            found.append(item)
+            resolved.append(item)
         elif item in TEMPLATES:
-            found.extend(TEMPLATES[item]())
+            resolved.extend(TEMPLATES[item]())
         else:
             raise UserError(
                 f"template {item!r} has no {{}} for the class name and names no set of templates "
                 f"({', '.join(TEMPLATES)})"
             )
-    if not found:
+    if not resolved:
         raise UserError(f"templates is empty: give strings with {{}} or one of {list(TEMPLATES)}")
-    return tuple(found)
+    return tuple(resolved)
 
 
 def resolve_classnames(
     classnames: tuple | str, source_names: Sequence[str] | None
 ) -> tuple[str, ...]:
-    """Class names in the order of the labels: given, of a named list, or ('source') the source's.
+    """Class names in the order of the labels.
+
+    Args:
+      classnames: the names themselves, the name of a list in CLASSNAMES, or 'source' for
+        source_names.
+      source_names: class names of the source, if it has any.
 
     Raises:
-      UserError: the source has no names, or `classnames` is no named list.
+      UserError: the source has no names, or there is no such list.
     """
     if not isinstance(classnames, str):
         names = tuple(classnames)
@@ -81,16 +86,17 @@ def resolve_classnames(
 def class_prompts(
     names: Sequence[str], templates: Sequence[str], *, canonicalize: bool, aliases: str
 ) -> list[list[str]]:
-    """The prompts of each class; every class has equally many unless aliases is 'all'.
+    """Prompts of each class. All classes have equally many, unless aliases is 'all'.
 
     Args:
       names: one per class; commas separate aliases.
-      templates: each with '{}' where the name goes.
-      canonicalize: canonicalize_text on names (',' kept) and templates ('{}' kept), as big_vision.
+      templates: with '{}' in the place of the name.
+      canonicalize: apply canonicalize_text to names (',' kept) and templates ('{}' kept), as
+        big_vision does.
       aliases: 'first' uses the name up to its first comma, 'all' every alias.
 
     Raises:
-      UserError: `aliases` is neither, or nothing is left of a name.
+      UserError: `aliases` has another value, or nothing is left of a name.
     """
     if aliases not in ("first", "all"):
         raise UserError(f"aliases {aliases!r} is none of first, all")

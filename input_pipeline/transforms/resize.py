@@ -1,8 +1,8 @@
-"""Pixels of one size from pixels of another: resizes and crops, uint8 in and uint8 out.
+"""Resizes and crops, uint8 in and uint8 out.
 
 Which resize a model was trained with is part of the model: the methods differ by up to 17 levels.
-What cannot be done with an image at hand (smaller than its crop) raises BadExample, so that in
-training it is left out and counted as one that does not decode.
+An image that does not allow a step (it is smaller than the crop) raises BadExample, so that
+training leaves it out and counts it like one that does not decode.
 """
 
 import math
@@ -15,9 +15,6 @@ from PIL import Image
 
 from input_pipeline.errors import BadExample
 from input_pipeline.transforms.decode import MAX_PIXELS
-
-# The loader has a thread for each core already; OpenCV's own would only compete with them.
-cv2.setNumThreads(0)
 
 
 def _cv2(interpolation: int) -> Callable[[np.ndarray, int, int], np.ndarray]:
@@ -35,9 +32,9 @@ def _pil(resample: Image.Resampling) -> Callable[[np.ndarray, int, int], np.ndar
 
 
 def bilinear_exact(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bit for bit tf.image.resize(image, (height, width)) clipped and cut off to uint8.
+    """Bit for bit tf.image.resize(image, (height, width)), clipped and truncated to uint8.
 
-    This is big_vision's resize. TensorFlow's kernel in float32, each operation in its order:
+    This is big_vision's resize. It repeats TensorFlow's float32 kernel operation by operation:
     half-pixel centres, no antialias, first along x, then along y.
     """
     top, bottom, y = _neighbours(image.shape[0], height)
@@ -49,58 +46,58 @@ def bilinear_exact(image: np.ndarray, height: int, width: int) -> np.ndarray:
         return start + (lines.take(right, axis=1) - start) * x[:, None]
 
     start = along_x(top)
-    # Nothing to clip: weights of 0 to 1 stay between the pixels they mix.
+    # No clipping is needed: weights of 0 to 1 stay between the pixels that they mix.
     return (start + (along_x(bottom) - start) * y[:, None, None]).astype(np.uint8)
 
 
 def _neighbours(before: int, after: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each place of the new axis: the places before and after it in the old, and the weight."""
+    """Two old neighbours of each new pixel of an axis, and the weight of the second."""
     scale = np.float32(before) / np.float32(after)
-    at = (np.arange(after, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
-    floor = np.floor(at)
+    position = (np.arange(after, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
+    floor = np.floor(position)
     low = np.maximum(floor, 0).astype(np.int64)
-    high = np.minimum(np.ceil(at), before - 1).astype(np.int64)
-    return low, high, at - floor
+    high = np.minimum(np.ceil(position), before - 1).astype(np.int64)
+    return low, high, position - floor
 
 
-# Pillow's pixels are those of the installed version: 13.0 changed them for portraits (PR 9549).
+# Pillow's results depend on the installed version: 13.0 changed them for portraits (PR 9549).
 METHODS: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
-    "bilinear": _cv2(cv2.INTER_LINEAR),  # no antialias; within a level of the next, the fastest
-    "bilinear-exact": bilinear_exact,  # no antialias; what big_vision trains with, bit for bit
-    "area": _cv2(cv2.INTER_AREA),  # the mean of what a new pixel covers; enlarging: as bilinear
+    "bilinear": _cv2(cv2.INTER_LINEAR),  # no antialias; the fastest, within a level of the next
+    "bilinear-exact": bilinear_exact,  # no antialias; big_vision's, bit for bit
+    "area": _cv2(cv2.INTER_AREA),  # mean over the area of a new pixel; to enlarge: bilinear
     "bilinear-pil": _pil(Image.Resampling.BILINEAR),  # antialias; Hugging Face's SigLIP 2
     "bicubic-pil": _pil(Image.Resampling.BICUBIC),  # antialias; Hugging Face's SigLIP
 }
 
 
 def squash(image: UInt8[np.ndarray, "h w 3"], res: int, method: str) -> UInt8[np.ndarray, "r r 3"]:
-    """All of the image as a square of `res` pixels a side: the aspect ratio is ignored."""
+    """The whole image as a square of `res` pixels a side, ignoring the aspect ratio."""
     return METHODS[method](image, res, res)
 
 
 def shorter_side(
     image: UInt8[np.ndarray, "h w 3"], res: int, method: str
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """The shorter side becomes `res`, the longer int(res * longer / shorter), as in torchvision.
+    """The image with its shorter side `res`, and int(res * longer / shorter) as in torchvision.
 
     Raises:
-      BadExample: so thin that the result has more than decode.MAX_PIXELS pixels.
+      BadExample: the image is so thin that the result has more than decode.MAX_PIXELS pixels.
     """
     height, width = image.shape[:2]
     shorter, longer = min(height, width), max(height, width)
     longer = int(res * longer / shorter)
     if res * longer > MAX_PIXELS:
-        told = f"{width} x {height} is {res} x {longer} with the shorter side {res}"
-        raise BadExample("image too large", told)
+        detail = f"{width} x {height} is {res} x {longer} with the shorter side {res}"
+        raise BadExample("image too large", detail)
     size = (res, longer) if height <= width else (longer, res)
     return METHODS[method](image, *size)
 
 
 def center_crop(image: UInt8[np.ndarray, "h w 3"], res: int) -> UInt8[np.ndarray, "r r 3"]:
-    """The square of `res` pixels a side in the middle.
+    """The central square of `res` pixels a side.
 
     Where the margins cannot be equal, the smaller is on top and left, as in big_vision and Hugging
-    Face; torchvision rounds half a pixel to the even one.
+    Face; torchvision rounds half a pixel to the even number.
 
     Raises:
       BadExample: the image is smaller.
@@ -132,8 +129,8 @@ def random_resized_crop(
     """A random rectangle, squashed to `res` pixels a side (Szegedy et al. 2015, arXiv:1409.4842).
 
     Args:
-      area: least and greatest share of the image's area, drawn evenly.
-      ratio: least and greatest width / height, drawn evenly on the scale of logarithms.
+      area: range of the rectangle's share of the image's area, drawn uniformly.
+      ratio: range of width / height, whose logarithm is drawn uniformly.
     """
     height, width = image.shape[:2]
     for _ in range(10):
@@ -143,17 +140,17 @@ def random_resized_crop(
         if 0 < w <= width and 0 < h <= height:
             top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
             return squash(image[top : top + h, left : left + w], res, method)
-    return squash(image, res, method)  # too long and thin for any such rectangle
+    return squash(image, res, method)  # too long and thin for such a rectangle
 
 
 def _margins(image: np.ndarray, res: int) -> tuple[int, int]:
     height, width = image.shape[:2]
     if min(height, width) < res:
-        told = f"{width} x {height} is smaller than the crop of {res} x {res}"
-        raise BadExample("unusable image", told)
+        detail = f"{width} x {height} is smaller than the crop of {res} x {res}"
+        raise BadExample("unusable image", detail)
     return height - res, width - res
 
 
 def _cut(image: np.ndarray, top: int, left: int, res: int) -> np.ndarray:
-    """A copy: a view would keep all of the image in memory."""
+    """The square as a copy: a view would keep the whole image in memory."""
     return image[top : top + res, left : left + res].copy()

@@ -1,6 +1,7 @@
-"""Short strings that name plain functions: 'decode | random_resized_crop(area=(0.5, 1)) | flip'.
+"""Parser for steps written as a string: 'decode | random_resized_crop(area=(0.5, 1)) | flip'.
 
-Written as a Python expression and parsed, never evaluated: arguments are literals.
+The syntax is that of a Python expression, which is parsed and never evaluated: arguments are
+literals.
 """
 
 import ast
@@ -12,51 +13,54 @@ from typing import Any
 from base.errors import UserError
 from base.words import nearest
 
+Steps = list[tuple[str, Callable]]
 
-def parse(
-    program: str | tuple, functions: Mapping[str, Callable], key: str
-) -> list[tuple[str, Callable]]:
+
+def parse_steps(steps: str | tuple, functions: Mapping[str, Callable], key: str) -> Steps:
     """(name, function with its options bound) of each step.
 
-    What may be given is a function's keyword-only parameters, by name or in their order; the
-    positional ones are for the caller.
+    A step's options are the keyword-only parameters of its function, given by name or in their
+    order; the positional parameters are for the caller.
 
     Args:
-      program: steps between bars, or a tuple of steps.
-      functions: what can be named.
-      key: of the config, for messages.
+      steps: steps separated by bars, or a tuple of steps.
+      functions: name -> function.
+      key: key of the config, for messages.
 
     Raises:
-      UserError: it cannot be parsed, or an unknown name or option; with the nearest names.
+      UserError: the text cannot be parsed, or a name or an option is unknown; with the nearest
+        names.
     """
-    text = program if isinstance(program, str) else " | ".join(map(str, program))
+    text = steps if isinstance(steps, str) else " | ".join(map(str, steps))
     if not text.strip():
         return []
     try:
-        node = ast.parse(f"({text})", mode="eval").body  # brackets: it may have several lines
+        node = ast.parse(f"({text})", mode="eval").body  # parentheses allow line breaks
     except (SyntaxError, ValueError, RecursionError) as error:
         raise UserError(
             f"config.{key}={text[:200]!r} cannot be read ({getattr(error, 'msg', error)}); "
             "write steps as in 'first | second(0.5) | third(name=1)'"
         ) from error
-    steps = []
+    nodes = []
     while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        steps.append(node.right)
+        nodes.append(node.right)
         node = node.left
-    return [_step(step, functions, key) for step in [node, *reversed(steps)]]
+    return [_parse_step(step, functions, key) for step in [node, *reversed(nodes)]]
 
 
-def written(steps: list[tuple[str, Callable]]) -> str:
-    """What parse would make these steps of: "decode | resize(method='area')"."""
+def format_steps(steps: Steps) -> str:
+    """The string that parse_steps reads as these steps: "decode | resize(method='area')"."""
 
-    def step(name: str, function: Any) -> str:
+    def format_step(name: str, function: Any) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in sorted(function.keywords.items()))
         return f"{name}({options})" if options else name
 
-    return " | ".join(step(name, function) for name, function in steps)
+    return " | ".join(format_step(name, function) for name, function in steps)
 
 
-def _step(node: ast.expr, functions: Mapping[str, Callable], key: str) -> tuple[str, Callable]:
+def _parse_step(
+    node: ast.expr, functions: Mapping[str, Callable], key: str
+) -> tuple[str, Callable]:
     call = node if isinstance(node, ast.Call) else None
     name = call.func if call else node
     if not isinstance(name, ast.Name):
@@ -67,8 +71,8 @@ def _step(node: ast.expr, functions: Mapping[str, Callable], key: str) -> tuple[
     options = [
         p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
     ]
-    shown = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in options]
-    usage = f"{name.id}({', '.join(shown)})"
+    signature = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in options]
+    usage = f"{name.id}({', '.join(signature)})"
     given: dict[str, Any] = {}
     for place, argument in enumerate(call.args if call else []):
         if place >= len(options):

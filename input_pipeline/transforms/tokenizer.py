@@ -1,5 +1,8 @@
-"""Text -> ids. Every tokenizer has vocab_size, eos_id, encode(text) -> ids without specials, and
-decode(ids) -> text, for people."""
+"""Tokenizers.
+
+Each has `vocab_size`, `eos_id`, `encode(text)`, which returns ids without special tokens, and
+`decode(ids)`, which returns text for people to read.
+"""
 
 import os
 from collections.abc import Sequence
@@ -10,17 +13,18 @@ import tokenizers as hf
 from jaxtyping import Int32
 
 from base.errors import UserError
+from base.words import one_line
 
 EOS_MODES = ("sticky", "yes", "none")
 
-# How models whose tokenizer.json does not say so spell the end of a text.
+# Spellings of EOS, for a tokenizer.json that does not name its own.
 EOS_TOKENS = ("</s>", "<eos>", "<|endoftext|>", "<|im_end|>", "[SEP]")
 
 
 class Bytes:
-    """The UTF-8 bytes of the text: any language, no file. Ids as in ByT5 (arXiv:2105.13626).
+    """UTF-8 bytes as ids, for any language and without a file, as in ByT5 (arXiv:2105.13626).
 
-    Byte x is id x + 3; 0 is free for padding, 1 ends a text, 2 is not used.
+    Byte x has id x + 3; 0 is for padding, 1 is EOS, 2 is not used.
     """
 
     vocab_size = 259
@@ -34,7 +38,7 @@ class Bytes:
 
 
 class SentencePiece:
-    """A SentencePiece .model file, e.g. that of a released SigLIP.
+    """The tokenizer of a SentencePiece .model file, e.g. of a released SigLIP.
 
     Args:
       path: the file.
@@ -68,11 +72,11 @@ class SentencePiece:
 
 
 class HuggingFace:
-    """A tokenizer.json file. What it says of specials, padding and truncation is not used.
+    """The tokenizer of a tokenizer.json file, without its special tokens, padding and truncation.
 
     Args:
       path: the file.
-      eos_token: the token that ends a text; None: the first of EOS_TOKENS that the vocabulary has.
+      eos_token: the EOS token; None: the one of EOS_TOKENS that the vocabulary has.
 
     Raises:
       UserError: the file is missing or cannot be read, or the vocabulary has no such token.
@@ -85,23 +89,25 @@ class HuggingFace:
         except Exception as error:  # the package raises bare Exception
             raise UserError(
                 f"{path} is not a tokenizer.json of Hugging Face tokenizers "
-                f"({_one_line(error)}); a SentencePiece .model is for tokenizer 'sentencepiece'"
+                f"({one_line(error)[:200]}); a SentencePiece .model is for tokenizer "
+                "'sentencepiece'"
             ) from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         # Ids need not be dense: the embedding table must reach the highest.
         self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        wanted = EOS_TOKENS if eos_token is None else (eos_token,)
-        found = [i for i in map(self._tokenizer.token_to_id, wanted) if i is not None]
-        # Gemma's vocabulary has the HTML tag </s> beside its <eos>: specials first, then low ids.
+        spellings = EOS_TOKENS if eos_token is None else (eos_token,)
+        ids = [i for i in map(self._tokenizer.token_to_id, spellings) if i is not None]
+        # Gemma's vocabulary has the HTML tag </s> beside its <eos>: special tokens come first, then
+        # low ids.
         specials = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
-        found.sort(key=lambda i: (i not in specials, i))
-        if not found:
+        ids.sort(key=lambda i: (i not in specials, i))
+        if not ids:
             raise UserError(
-                f"the vocabulary of {path} has no token {' or '.join(wanted)}; "
+                f"the vocabulary of {path} has no token {' or '.join(spellings)}; "
                 "name the one that ends a text in config.input.tokenizer.eos_token"
             )
-        self.eos_id: int = found[0]
+        self.eos_id: int = ids[0]
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -118,21 +124,17 @@ def _check_file(path: str, name: str, what: str) -> None:
         )
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 def pad_to_length(
     ids: Sequence[int], token_len: int, *, eos_id: int, pad_id: int, eos: str = "sticky"
 ) -> Int32[np.ndarray, " token_len"]:
-    """Adds EOS, cuts to token_len, fills up with pad_id on the right.
+    """The ids with EOS added, truncated to token_len and padded with pad_id on the right.
 
     Args:
-      eos: 'none': without EOS. 'yes': EOS at the end, lost where the text is cut. 'sticky': a text
-        that is cut ends in EOS too, as in the released models.
+      eos: 'none': without EOS. 'yes': EOS at the end, lost where the text is truncated. 'sticky': a
+        truncated text ends in EOS too, as in the released models.
 
     Raises:
-      ValueError: another `eos`.
+      ValueError: `eos` has another value.
 
     Source: big_vision, pp/ops_text.py (the three modes of its tokenizer).
     """

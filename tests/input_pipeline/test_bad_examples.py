@@ -3,12 +3,12 @@
 import threading
 
 from input_pipeline import bad_examples as bads
-from input_pipeline.bad_examples import Bad
+from input_pipeline.bad_examples import BadExamples
 from input_pipeline.errors import KINDS, BadExample
 
 
 def test_files_and_examples_met_most_often_come_first():
-    bad = Bad()
+    bad = BadExamples()
     for id, shard, kind, times in (
         ("b.tar/1.jpg", "b.tar", "damaged image", 1),
         ("b.tar/2.jpg", "b.tar", "no caption", 1),
@@ -25,28 +25,28 @@ def test_files_and_examples_met_most_often_come_first():
 
 
 def test_an_error_that_knows_its_place_is_believed():
-    bad = Bad()
+    bad = BadExamples()
     bad.record(BadExample("no image", id="x", shard="s"), "other", "")
     assert bad.worst() == "s: 1 no image; such as x (no image)"
 
 
 def test_sources_without_files_name_examples_only():
-    bad = Bad()
+    bad = BadExamples()
     bad.record(BadExample("no image"), "memory/3")
     assert bad.worst() == "memory/3 (no image)"
-    assert Bad().worst() == ""
+    assert BadExamples().worst() == ""
 
 
 def test_memory_is_bounded_and_counts_go_on(monkeypatch):
-    monkeypatch.setattr(bads, "MOST_NAMES", 10)
-    bad = Bad()
+    monkeypatch.setattr(bads, "MAX_NAMES", 10)
+    bad = BadExamples()
     for i in range(100):
         bad.record(BadExample("no image"), f"{i}", "s")
     assert bad.count == 100 and len(bad._reasons) == len(bad._names) == 10
 
 
 def test_many_threads_count_every_one():
-    bad = Bad()
+    bad = BadExamples()
 
     def work():
         for i in range(200):
@@ -62,6 +62,6 @@ def test_many_threads_count_every_one():
 
 
 def test_counts_without_names():
-    bad = Bad()
+    bad = BadExamples()
     bad.add("no caption", "a.tar", 3)
     assert bad.count == 3 and bad.worst() == "a.tar: 3 no caption"

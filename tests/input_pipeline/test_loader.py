@@ -4,13 +4,14 @@ import io
 import threading
 import time
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from base.errors import UserError
 from input_pipeline import loader
-from input_pipeline.bad_examples import Bad
+from input_pipeline.bad_examples import BadExamples
 from input_pipeline.errors import KINDS, BadExample
 from input_pipeline.sources.in_memory import Memory
 from input_pipeline.transforms.preprocess import make_preprocess
@@ -160,7 +161,7 @@ def test_bad_images_are_masked_in_place_and_recorded():
     images[5] = images[5][:-20]
     source = Memory(images=images, texts=[chr(97 + i) for i in range(8)])
     preprocess = make_preprocess(Bytes(), res=2, token_len=3)
-    bad = Bad()
+    bad = BadExamples()
     with loader.train_batches(
         source, preprocess, batch_size=8, seed=0, prefetch=1, bad=bad
     ) as batches:
@@ -277,7 +278,7 @@ def test_bad_examples_change_no_other_row():
 
 
 def test_a_bad_caption_is_booked_on_the_example_it_is_of():
-    bad = Bad()
+    bad = BadExamples()
     preprocess = make_preprocess(Bytes(), res=2, token_len=3)
 
     class Source(Memory):
@@ -294,18 +295,22 @@ def test_a_bad_caption_is_booked_on_the_example_it_is_of():
     assert set(bad.shards()) == {"three"} and bad.worst().endswith("such as [3] (damaged record)")
 
 
-def test_fields_of_other_shapes_are_one_line():
-    class Source(Memory):
-        def __getitem__(self, i):
-            return {**super().__getitem__(i), "box": [0] * (3 + (i == 5))}
-
-    source = Source(images=[png((i, 0, 0)) for i in range(8)], texts=list("abcdefgh"))
-    preprocess = make_preprocess(Bytes(), res=2, token_len=3, fields="keep('box')")
+def test_embeddings_of_other_shapes_are_one_line():
+    embeddings = [np.zeros(3 + (i == 5), np.float32) for i in range(8)]
+    source = Memory(images=embeddings, texts=list("abcdefgh"))
+    preprocess = make_preprocess(Bytes(), image="embedding", token_len=3)
+    message = r"image of memory/5 is float32\[4\], that of another .*\[3\]"
     with (
         loader.train_batches(source, preprocess, batch_size=8, seed=0) as batches,
-        pytest.raises(UserError, match=r"box of memory/5 is int64\[4\], that of another .*\[3\]"),
+        pytest.raises(UserError, match=message),
     ):
         next(batches)
+
+
+def test_the_loader_turns_opencv_s_own_threads_off():
+    cv2.setNumThreads(2)
+    with loader.eval_batches([0], lambda i: {"x": np.zeros(1)}, batch_size=1):
+        assert cv2.getNumThreads() == 1
 
 
 @pytest.mark.timeout(60)

@@ -1,7 +1,5 @@
 """Positions to examples: permutations, blocks, mixtures, all without memory of what went before."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -72,10 +70,8 @@ def test_weights_that_are_none_are_refused(weights):
         Pattern(weights)
 
 
-def test_a_position_far_away_costs_what_the_first_one_costs():
-    """10^9 positions one after another would take a quarter of an hour."""
+@pytest.mark.timeout(60)
+def test_a_position_far_away_is_reached_without_those_before_it():
+    """10^15 positions one after another would take decades."""
     for order in (Epochs(1000, 0), BlockEpochs(np.arange(0, 1001, 10), 4, 0), Pattern([1, 2])):
-        begin = time.monotonic()
-        for i in range(10**9, 10**9 + 100):
-            order[i]
-        assert time.monotonic() - begin < 5
+        assert order[10**15] is not None

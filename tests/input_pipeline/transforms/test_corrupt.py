@@ -51,15 +51,15 @@ def test_an_image_becomes_uniform_noise_with_probability_p(p):
 
 def test_an_embedding_becomes_one_of_a_random_direction():
     noise = Corruption("image(0.5)", seed=0, batch_size=1)
-    given = {"image": np.full(64, 3.0, np.float32)}
-    made = [noise.corrupt_image(given, position)["image"] for position in range(400)]
-    hit = np.array([image[0] != 3 for image in made])
+    embedding = np.full(64, 3.0, np.float32)
+    rows = [noise.corrupt_image(embedding, position) for position in range(400)]
+    hit = np.array([row[0] != 3 for row in rows])
     assert abs(hit.mean() - 0.5) < 0.1
-    noisy = np.stack(made)[hit]
+    noisy = np.stack(rows)[hit]
     assert noisy.dtype == np.float32 and np.isfinite(noisy).all()
     unit = noisy / np.linalg.norm(noisy, axis=1, keepdims=True)
     assert np.abs(unit.mean(axis=0)).max() < 0.04  # in 200 draws of 1 / 8 in each coordinate
-    np.testing.assert_array_equal(noise.corrupt_image(given, 9)["image"], made[9])
+    np.testing.assert_array_equal(noise.corrupt_image(embedding, 9), rows[9])
 
 
 @pytest.mark.parametrize("p", [0.2, 1.0])

@@ -10,7 +10,7 @@ from PIL import Image
 from base.errors import UserError
 from input_pipeline.errors import BadExample
 from input_pipeline.transforms import naflex, resize
-from input_pipeline.transforms.image_ops import IMAGE_OPS, PRESETS, At
+from input_pipeline.transforms.image_ops import IMAGE_OPS, PRESETS, ImageContext
 from input_pipeline.transforms.preprocess import make_preprocess
 from input_pipeline.transforms.tokenizer import Bytes
 
@@ -23,11 +23,6 @@ def preprocess(**kw):
 
 def rng(seed=0):
     return np.random.default_rng(seed)
-
-
-def test_opencv_starts_no_threads_of_its_own():
-    preprocess().image(NOISE)
-    assert cv2.getNumThreads() == 1
 
 
 def test_bytes_and_array_are_the_same_image():
@@ -104,10 +99,10 @@ def test_shrinking_keeps_at_least_the_size_of_the_model():
     Image.fromarray(smooth).save(file, "JPEG", quality=95)
     seen = []
     for res in (16, 51, 101, 201):
-        seen.append(IMAGE_OPS["decode"](file.getvalue(), At(16), shrink=res).shape[:2])
+        seen.append(IMAGE_OPS["decode"](file.getvalue(), ImageContext(16), shrink=res).shape[:2])
         assert min(seen[-1]) >= min(res, 400)
     assert seen == [(50, 75), (100, 150), (200, 300), (400, 600)]
-    assert IMAGE_OPS["decode"](file.getvalue(), At(16)).shape[:2] == (400, 600)
+    assert IMAGE_OPS["decode"](file.getvalue(), ImageContext(16)).shape[:2] == (400, 600)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -203,24 +198,6 @@ def test_captions_are_drawn_by_their_weights():
     for nothing in ({"texts": []}, {"texts": ["a"], "weights": [0.0]}):
         with pytest.raises(BadExample, match="no caption"):
             p.caption({"id": "x", **nothing}, rng())
-
-
-def test_fields_of_an_example_are_kept_and_renamed():
-    p = preprocess(fields="keep('label') | rename(old='label', new='class_id') | keep('area')")
-    example = {"image": NOISE, "texts": ["a"], "id": "x", "label": 3, "area": [1.5, 2.0]}
-    row = p.example(example, rng())
-    assert row["class_id"] == 3 and row["area"].tolist() == [1.5, 2.0]
-    assert set(row) == {"image", "text", "class_id", "area"}
-    with pytest.raises(BadExample, match="no 'lable' among area, id"):
-        preprocess(fields="keep('lable')").example(example, rng())
-    for steps, told in (
-        ("keep('image')", "'image' is a name that every batch has"),
-        ("keep('id')", "'id' is no number"),
-        ("rename(old='a', new='b')", "'a' is not kept"),
-        ("keep('label') | rename('label', 'mask')", "'mask' is a name that every batch has"),
-    ):
-        with pytest.raises(UserError, match=told):
-            preprocess(fields=steps).example(example, rng())
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 
 from base.errors import UserError
-from input_pipeline.transforms.steps import parse, written
+from input_pipeline.transforms.steps import format_steps, parse_steps
 
 
 def scale(x, *, by: float = 2.0, name: str = "a|b"):
@@ -18,7 +18,7 @@ STEPS = {"scale": scale, "shift": shift}
 
 
 def run(program, x):
-    for _, step in parse(program, STEPS, "input.image"):
+    for _, step in parse_steps(program, STEPS, "input.image"):
         x = step(x)
     return x
 
@@ -37,13 +37,13 @@ def test_steps_are_taken_from_left_to_right(program):
 
 
 def test_steps_can_be_written_again():
-    text = written(parse("shift(3) | scale(name='b') | scale", STEPS, "k"))
+    text = format_steps(parse_steps("shift(3) | scale(name='b') | scale", STEPS, "k"))
     assert text == "shift(by=3) | scale(name='b') | scale"
-    assert written(parse(text, STEPS, "k")) == text
+    assert format_steps(parse_steps(text, STEPS, "k")) == text
 
 
 def test_nothing_is_no_step():
-    assert parse("", STEPS, "k") == [] and parse((), STEPS, "k") == []
+    assert parse_steps("", STEPS, "k") == [] and parse_steps((), STEPS, "k") == []
 
 
 @pytest.mark.parametrize(
@@ -73,5 +73,5 @@ def test_mistakes_are_named(program, told):
 def test_arguments_run_no_code(tmp_path):
     marker = tmp_path / "ran"
     with pytest.raises(UserError):
-        parse(f"shift(open({str(marker)!r}, 'w'))", STEPS, "k")
+        parse_steps(f"shift(open({str(marker)!r}, 'w'))", STEPS, "k")
     assert not marker.exists()
