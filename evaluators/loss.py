@@ -5,8 +5,7 @@ so the value grows with batch_size (with a model that knows nothing, like ln n) 
 equal batch_size compare. The chance level grows in the same way.
 """
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -16,10 +15,12 @@ from jaxtyping import Array
 from base.errors import UserError
 from evaluators.embed import check_batch_size, eval_image, fetch, host_batches
 from evaluators.strict_source import ADVICE
-from siglip.losses import pairs
-from siglip.losses.pairs import Pairs
+from siglip.losses.definitions import Loss
+from siglip.losses.facts import facts
 from siglip.sharding import replicated
 from siglip.towers.vit import images_of
+
+SEED = 0  # of what is random in a loss: the same parameters always get the same number
 
 
 class Evaluator:
@@ -30,35 +31,36 @@ class Evaluator:
       mesh: the devices.
       preprocess: input_pipeline.transforms.Preprocess, as in training but without augmentation.
       source: examples with 'image', 'texts' and 'id'.
-      loss_fn: loss_fn(zimg, ztxt, t, b, mask) -> scalar on global arrays, per unmasked pair. Its
-        attribute `chance`, a function of the number of pairs, is the loss of a model that knows
-        only the prior; without one that of the sigmoid, pairs.Pairs.prior_loss.
+      loss_fn: the training loss. Random negatives are the same draw of rows in every batch and
+        every evaluation.
       batch_size: pairs in a batch, over all devices. THE RESULT DEPENDS ON IT.
 
     Raises:
       UserError: the devices do not divide batch_size.
     """
 
-    def __init__(self, model, mesh: Mesh, preprocess, source, loss_fn, *, batch_size: int = 256):
+    def __init__(
+        self, model, mesh: Mesh, preprocess, source, loss_fn: Loss, *, batch_size: int = 256
+    ):
         check_batch_size(batch_size, mesh)
         self._mesh, self._preprocess, self._source = mesh, preprocess, source
         self._batch_size = batch_size
-        self._chance: Callable[[int], float] | None = getattr(loss_fn, "chance", None)
+        self._chance = loss_fn.chance
         self.protocol = f"{len(source)} pairs (first captions) in batches of {batch_size}"
 
         def loss(params, batch: dict[str, Array]) -> tuple[Array, Array]:
             zimg, ztxt, scalars = model.apply(
                 {"params": params}, image=images_of(batch), text=batch["text"], train=False
             )
-            asked = inspect.signature(loss_fn).parameters
-            extras = {"ids": pairs.ids(batch["text"])} if "ids" in asked else {}
+            extras = facts(loss_fn.needs, batch, seed=SEED, step=0)
             value = loss_fn(zimg, ztxt, scalars["t"], scalars["b"], batch["mask"], **extras)
             return value, batch["mask"].sum()
 
         self._loss = jax.jit(loss, out_shardings=replicated(mesh))
 
-    def run(self, params) -> Iterator[tuple[str, float, float]]:
+    def run(self, params) -> Iterator[tuple[str, float, float | None]]:
         """Yields ('loss', value, chance): means over pairs, so a short last batch counts less.
+        Chance is None where the loss states none.
 
         Raises:
           UserError: an image does not decode, or the loss is not finite.
@@ -71,9 +73,11 @@ class Evaluator:
             raise AssertionError(f"{counts.sum()} pairs counted of {len(self._source)}")
         if not np.isfinite(values).all():
             raise UserError("the validation loss is not finite: these parameters are broken")
-        chance = self._chance or Pairs().prior_loss
-        chances = np.array([chance(int(n)) for n in counts])
-        yield "loss", float(values @ counts / counts.sum()), float(chances @ counts / counts.sum())
+        chance = None
+        if self._chance is not None:
+            chances = np.array([self._chance(int(n)) for n in counts])
+            chance = float(chances @ counts / counts.sum())
+        yield "loss", float(values @ counts / counts.sum()), chance
 
     def _pair(self, example: dict) -> dict[str, np.ndarray]:
         if not example["texts"]:

@@ -4,8 +4,8 @@ from siglip.losses import ring
 
 __all__ = ["LOSSES"]
 
-# Config name -> factory (mesh, *, options) -> loss_fn(zimg, ztxt, t, b, mask) on global arrays. One
-# whose signature has `ids` or `seed` gets them too, see trainers/step/update.py.
+# Config name -> factory (mesh, *, options) -> definitions.Loss. Its keyword-only arguments are the
+# keys of the config's block.
 LOSSES = {
     "sigmoid": ring.make_sigmoid_loss,
     "softmax": ring.make_softmax_loss,

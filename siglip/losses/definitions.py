@@ -1,13 +1,42 @@
 """The losses as definitions: what every faster version must equal, value and gradients."""
 
-import math
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-Loss = Callable[..., Array]  # (zimg, ztxt, t, b, mask) -> scalar, on global arrays
+from siglip.losses.facts import FACTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss of the embeddings of a whole batch; calling it calls `fn`.
+
+    Attributes:
+      fn: fn(zimg, ztxt, t, b, mask, **facts) -> scalar, per pair, on global arrays.
+      chance: chance(n) is the loss on n pairs of a model that knows only the prior, that one of n
+        texts is the image's; None where nobody knows it.
+      needs: the facts of a batch that `fn` asks for (facts.FACTS).
+
+    Raises:
+      ValueError: `needs` names something that is no fact.
+    """
+
+    fn: Callable[..., Float[Array, ""]]
+    chance: Callable[[int], float] | None = None
+    needs: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if unknown := [name for name in self.needs if name not in FACTS]:
+            raise ValueError(
+                f"a loss asks for {', '.join(map(repr, unknown))}; facts of a batch are "
+                f"{', '.join(FACTS)} (siglip/losses/facts.py)"
+            )
+
+    def __call__(self, zimg, ztxt, t, b, mask=None, **facts) -> Float[Array, ""]:
+        return self.fn(zimg, ztxt, t, b, mask, **facts)
 
 
 def sigmoid_loss(
@@ -65,7 +94,3 @@ def softmax_loss(
         return jnp.sum(jax.nn.logsumexp(rows, axis=axis) - positive, where=mask)
 
     return (cross_entropy(1) + cross_entropy(0)) / (2 * jnp.maximum(mask.sum(), 1))
-
-
-# Loss of a model that knows only that one of n texts is the image's: evaluators print it.
-setattr(softmax_loss, "chance", math.log)  # noqa: B010

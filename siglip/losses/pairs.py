@@ -49,6 +49,12 @@ class Pairs:
     def plain(self) -> bool:
         return self.negatives == "all" and self.duplicates == "negative"
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The facts of a batch that these options ask for (facts.FACTS)."""
+        ids = () if self.duplicates == "negative" else ("ids",)
+        return (*ids, "seed") if self.negatives == "random" else ids
+
     def prior_loss(self, n: int) -> float:
         """Sigmoid loss, in nats per pair, of a model that knows only that 1 of n texts is the
         image's: m binary decisions of probability 1/m, together m H(1/m) = ln m + (m-1) ln(m /

@@ -49,11 +49,10 @@ def make_sigmoid_loss(
     options: dict[str, Any] = dict(exchange=exchange, dtype=dtype, tile=tile, unroll=unroll)
     _check_options(**options)
     pairs = Pairs(negatives, ratio, duplicates)
-    loss = functools.partial(
+    fn = functools.partial(
         sigmoid_loss, mesh=mesh, pairs=pairs, relative_bias=relative_bias, **options
     )
-    setattr(loss, "chance", pairs.prior_loss)  # noqa: B010
-    return loss
+    return Loss(fn, chance=pairs.prior_loss, needs=pairs.needs)
 
 
 def make_softmax_loss(
@@ -69,9 +68,8 @@ def make_softmax_loss(
     options: dict[str, Any] = dict(exchange=exchange, dtype=dtype, tile=tile, unroll=unroll)
     _check_options(**options)
     pairs = _softmax_pairs(Pairs(duplicates=duplicates))
-    loss = functools.partial(softmax_loss, mesh=mesh, pairs=pairs, **options)
-    setattr(loss, "chance", math.log)  # noqa: B010
-    return loss
+    fn = functools.partial(softmax_loss, mesh=mesh, pairs=pairs, **options)
+    return Loss(fn, chance=math.log, needs=pairs.needs)
 
 
 def sigmoid_loss(

@@ -5,13 +5,16 @@ import pytest
 
 from base.errors import UserError
 from evaluators.loss import Evaluator
-from siglip.losses import definitions, ring
-from siglip.losses.pairs import Pairs
+from siglip.losses import LOSSES, definitions, ring
+from siglip.losses.definitions import Loss
+from siglip.losses.facts import facts
+from siglip.losses.pairs import Pairs, labels
+
+SIGMOID = Loss(definitions.sigmoid_loss, chance=Pairs().prior_loss)
+SOFTMAX = Loss(definitions.softmax_loss, chance=math.log)
 
 
-def run(
-    fakes, source, params, loss_fn=definitions.sigmoid_loss, mesh_shape=(2, 1), batch_size=4, b=-1.0
-):
+def run(fakes, source, params, loss_fn=SIGMOID, mesh_shape=(2, 1), batch_size=4, b=-1.0):
     args = (fakes.Model(b), fakes.mesh(*mesh_shape), fakes.Preprocess(), source, loss_fn)
     ((name, value, chance),) = list(Evaluator(*args, batch_size=batch_size).run(params))
     assert name == "loss"
@@ -69,24 +72,58 @@ def test_a_model_that_knows_only_the_prior_scores_the_chance_level(fakes):
     assert value == pytest.approx(chance, rel=1e-5)
     p = 1 / n
     assert chance == pytest.approx(-n * (p * math.log(p) + (1 - p) * math.log(1 - p)))
-    value, chance = run(fakes, source, params, definitions.softmax_loss, batch_size=n, b=None)
+    value, chance = run(fakes, source, params, SOFTMAX, batch_size=n, b=None)
     assert value == pytest.approx(chance, rel=1e-5)
     assert chance == pytest.approx(math.log(n))
 
 
 def test_chance_of_a_short_last_batch_is_that_of_its_pairs(fakes):
     source, params = fakes.random_source(11), fakes.params()
-    _, chance = run(fakes, source, params, definitions.softmax_loss, batch_size=8, b=None)
+    _, chance = run(fakes, source, params, SOFTMAX, batch_size=8, b=None)
     assert chance == pytest.approx((8 * math.log(8) + 3 * math.log(3)) / 11)
 
 
-def test_a_loss_can_bring_its_own_chance_level(fakes):
-    def loss_fn(zimg, ztxt, t, b, mask):
-        return definitions.softmax_loss(zimg, ztxt, t, b, mask)
-
-    loss_fn.chance = lambda n: 100.0 + n
+def test_a_loss_brings_its_own_chance_level_or_none(fakes):
     source, params = fakes.random_source(8), fakes.params()
-    assert run(fakes, source, params, loss_fn, batch_size=8)[1] == 108.0
+    own = Loss(definitions.softmax_loss, chance=lambda n: 100.0 + n)
+    assert run(fakes, source, params, own, batch_size=8)[1] == 108.0
+    assert run(fakes, source, params, Loss(definitions.softmax_loss), batch_size=8)[1] is None
+
+
+def by_definition(fakes, source, params, batch_size, pairs):
+    """The mean over full batches of the definition with the labels of `pairs`."""
+    zimg, ztxt, scalars = embeddings(fakes, source, params)
+    text = np.stack([fakes.Preprocess().text(e["texts"][0]) for e in source])
+    losses = []
+    for start in range(0, len(source), batch_size):
+        rows = slice(start, start + batch_size)
+        known = facts(pairs.needs, {"text": text[rows]}, seed=0, step=0)
+        z = labels(pairs, zimg[rows], ztxt[rows], **known)
+        losses.append(float(definitions.sigmoid_loss(zimg[rows], ztxt[rows], **scalars, z=z)))
+    return np.mean(losses)
+
+
+@pytest.mark.parametrize("duplicates", ["ignore", "positive"])
+def test_a_loss_that_needs_ids_gives_the_definitions_value(fakes, duplicates):
+    source, params = fakes.random_source(16), fakes.params(t=1.5)
+    for example in source:
+        example["texts"] = ["ab"[len(example["texts"]) % 2]]  # many share a caption
+    mesh = fakes.mesh(2)
+    value, _ = run(fakes, source, params, LOSSES["sigmoid"](mesh, duplicates=duplicates), (2, 1), 8)
+    expected = by_definition(fakes, source, params, 8, Pairs(duplicates=duplicates))
+    assert value == pytest.approx(expected, rel=1e-5)
+    assert value != pytest.approx(by_batches(fakes, source, params, 8), rel=1e-2)
+
+
+def test_a_loss_that_needs_a_seed_gives_the_definitions_value_every_time(fakes):
+    source, params = fakes.random_source(16), fakes.params(t=1.5)
+    loss_fn = LOSSES["sigmoid"](fakes.mesh(2), negatives="random", ratio=2)
+    value, chance = run(fakes, source, params, loss_fn, batch_size=8)
+    expected = by_definition(fakes, source, params, 8, Pairs("random", 2))
+    assert value == pytest.approx(expected, rel=1e-5)
+    assert value != pytest.approx(by_batches(fakes, source, params, 8), rel=1e-2)
+    assert chance == pytest.approx(Pairs("random", 2).prior_loss(8))
+    assert run(fakes, source, params, loss_fn, batch_size=8)[0] == value
 
 
 def test_one_pair_alone_has_no_uncertainty():
@@ -118,7 +155,7 @@ def test_bad_input_is_refused(fakes):
 
 
 def test_protocol_states_the_batch_size(fakes):
-    args = (fakes.Model(), fakes.mesh(2), fakes.Preprocess(), fakes.random_source(5), None)
+    args = (fakes.Model(), fakes.mesh(2), fakes.Preprocess(), fakes.random_source(5), SIGMOID)
     assert Evaluator(*args, batch_size=4).protocol == "5 pairs (first captions) in batches of 4"
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +14,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree
 
 from input_pipeline.errors import KINDS
-from siglip.losses import logit_stats, pairs
+from siglip.losses import logit_stats
 from siglip.losses.definitions import Loss
+from siglip.losses.facts import facts
 from siglip.sharding import batch_sharding, params_sharding, replicated
 from siglip.towers.vit import images_of
 
@@ -90,7 +90,7 @@ def make_update(
     """The jitted update: (state, tally, batch) -> (state, tally, metrics), donating the first two.
 
     Args:
-      loss_fn: (zimg, ztxt, t, b, mask) -> scalar, on global arrays.
+      loss_fn: of the whole batch; what else it needs is made of the batch, `seed` and the step.
       schedule: step -> learning rate, for the log.
       frozen: True for parameters without gradient; XLA then drops their backward pass.
       state_sharding: where the arrays of the state lie, and stay.
@@ -108,14 +108,7 @@ def make_update(
 
     def loss_of(batch: Batch, step):
         """loss(zimg, ztxt, t, b) of this batch, with what else the loss wants to know of it."""
-        known = {
-            "ids": lambda: pairs.ids(batch["text"], batch.get("index")),
-            "seed": lambda: (
-                jnp.uint32(seed % 2**32) * jnp.uint32(0x9E3779B1) + step.astype(jnp.uint32)
-            ),
-        }
-        asked = inspect.signature(loss_fn).parameters
-        extras = {name: value() for name, value in known.items() if name in asked}
+        extras = facts(loss_fn.needs, batch, seed=seed, step=step)
         return lambda zimg, ztxt, t, b: loss_fn(zimg, ztxt, t, b, batch["mask"], **extras)
 
     @functools.partial(

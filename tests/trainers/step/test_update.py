@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from siglip.losses import definitions, ring
+from siglip.losses.definitions import Loss
 from siglip.sharding import make_mesh, to_device
 from siglip.towers.two_towers import make_model
 from trainers.step import update as contrastive
@@ -194,7 +195,8 @@ def test_a_loss_that_asks_for_ids_and_seed_gets_them(batch):
     # Rows 0 and 1 share a caption, 2 and 3 an image; each row is its own duplicate.
     text, index = batch["text"].copy(), np.arange(16, dtype=np.int32)
     text[1], index[3] = text[0], index[2]
-    _, _, metrics = run(make(mesh, loss_fn), {**batch, "text": text, "index": index})
+    loss = Loss(loss_fn, needs=("ids", "seed"))
+    _, _, metrics = run(make(mesh, loss), {**batch, "text": text, "index": index})
     assert metrics["loss"] == 16 + 4
     assert seen == {"ids": (16, 2), "seed": jnp.uint32}
 
@@ -217,7 +219,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_remembered(batch):
         loss = definitions.sigmoid_loss(zimg, ztxt, t, b, mask)
         return jnp.where(mask.all(), loss, jnp.nan)  # a masked row poisons
 
-    it = make(mesh, loss_fn)
+    it = make(mesh, Loss(loss_fn))
     state, tally, _ = it.update(it.state, it.tally, to_device(batch, mesh))
     before = jax.device_get(state)
     bad = to_device({**batch, "mask": np.arange(16) != 3}, mesh)
