@@ -30,7 +30,7 @@ from siglip.checkpoints import adapt, read, spec
 from siglip.checkpoints.convert import DONE, INTERRUPTED, MISTAKE, Parser
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files import safetensors_file
-from siglip.checkpoints.files.lazy_array import Leaf
+from siglip.checkpoints.files.lazy_array import LazyArray
 from siglip.checkpoints.formats.huggingface import folder_at_once
 from siglip.checkpoints.spec import Spec
 from siglip.checkpoints.weights import Weights, insert
@@ -136,7 +136,7 @@ def check(folder: pathlib.Path, options: Options) -> None:
 
 def arrays_of(weights: Weights, name: str) -> dict[str, Any]:
     """The leaves of a tower. A precomputed image tower has none."""
-    return {n: x for n, x in weights.leaves.items() if n.startswith(f"{TOWERS[name]}/")}
+    return {n: x for n, x in weights.arrays.items() if n.startswith(f"{TOWERS[name]}/")}
 
 
 def embed(made: Spec, name: str, dtype: str) -> Callable[..., Array]:
@@ -213,7 +213,7 @@ def write_contract(
     weights: Weights, names: Sequence[str], folder: pathlib.Path, options: Options
 ) -> None:
     """siglip.json, README.txt, and scalars.json where there is a temperature."""
-    made, leaves = weights.spec, weights.leaves
+    made, leaves = weights.spec, weights.arrays
     made = spec.with_tokenizer_beside(made, folder / spec.FILE)
     spec.save(made, folder / spec.FILE)
     lines = []
@@ -271,7 +271,7 @@ def compare(weights: Weights, name: str, folder: pathlib.Path, options: Options)
     return difference
 
 
-def _run(program: Callable, leaves: Mapping[str, Leaf], batches: list) -> np.ndarray:
+def _run(program: Callable, leaves: Mapping[str, LazyArray], batches: list) -> np.ndarray:
     arrays = {name: jnp.asarray(leaf.read()) for name, leaf in leaves.items()}
     return np.concatenate([program(arrays, *inputs) for inputs in batches])
 

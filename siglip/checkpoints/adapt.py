@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from siglip.checkpoints.errors import CheckpointError
-from siglip.checkpoints.files.lazy_array import Leaf
+from siglip.checkpoints.files.lazy_array import LazyArray
 from siglip.checkpoints.weights import Weights
 from siglip.towers import positions
 
@@ -22,10 +22,10 @@ def to_res(weights: Weights, res: int, method: str | None) -> Weights:
       CheckpointError: there is something to resize and no method; the tower has no squares.
     """
     made = weights.spec
-    if made.img is None or IMAGE not in weights.leaves or made.img.get("naflex_grid"):
+    if made.img is None or IMAGE not in weights.arrays or made.img.get("naflex_grid"):
         raise CheckpointError(f"{weights.source} has no tower for square images: res={res}")
     patch = int(made.img["variant"].partition("/")[2])
-    leaf = weights.leaves[IMAGE]
+    leaf = weights.arrays[IMAGE]
     old, new = round(leaf.shape[1] ** 0.5), res // patch
     if res == made.res:
         return weights
@@ -48,7 +48,9 @@ def to_res(weights: Weights, res: int, method: str | None) -> Weights:
         return resized.reshape(1, new * new, -1).astype(leaf.dtype)
 
     shape = (1, new * new, leaf.shape[2])
-    return _with(weights, IMAGE, Leaf(shape, leaf.dtype, f"{leaf.origin} by {method}", read), spec)
+    return _with(
+        weights, IMAGE, LazyArray(shape, leaf.dtype, f"{leaf.origin} by {method}", read), spec
+    )
 
 
 def to_token_len(weights: Weights, token_len: int, method: str | None) -> Weights:
@@ -73,7 +75,7 @@ def to_token_len(weights: Weights, token_len: int, method: str | None) -> Weight
             f"how its positions are extended: {', '.join(positions.TEXT_METHODS)}"
         )
     check_method(method, positions.TEXT_METHODS)
-    leaf = weights.leaves[TEXT]
+    leaf = weights.arrays[TEXT]
 
     def read() -> np.ndarray:
         table = leaf.read()[0].astype(np.float32)
@@ -81,7 +83,9 @@ def to_token_len(weights: Weights, token_len: int, method: str | None) -> Weight
 
     shape = (1, token_len, leaf.shape[2])
     spec = dataclasses.replace(made, token_len=token_len, preset="")
-    return _with(weights, TEXT, Leaf(shape, leaf.dtype, f"{leaf.origin} by {method}", read), spec)
+    return _with(
+        weights, TEXT, LazyArray(shape, leaf.dtype, f"{leaf.origin} by {method}", read), spec
+    )
 
 
 def check_method(method: str, methods) -> None:
@@ -89,8 +93,8 @@ def check_method(method: str, methods) -> None:
         raise CheckpointError(f"method {method!r} is none of {', '.join(methods)}")
 
 
-def _with(weights: Weights, name: str, leaf: Leaf, spec) -> Weights:
-    return dataclasses.replace(weights, leaves={**weights.leaves, name: leaf}, spec=spec)
+def _with(weights: Weights, name: str, leaf: LazyArray, spec) -> Weights:
+    return dataclasses.replace(weights, arrays={**weights.arrays, name: leaf}, spec=spec)
 
 
 def cast(weights: Weights, dtype: str) -> Weights:
@@ -104,12 +108,12 @@ def cast(weights: Weights, dtype: str) -> Weights:
     leaves = {
         name: leaf
         if leaf.dtype == kind
-        else Leaf(
+        else LazyArray(
             leaf.shape,
             kind,
             f"{leaf.origin} as {dtype}",
             lambda leaf=leaf: leaf.read().astype(kind),
         )
-        for name, leaf in weights.leaves.items()
+        for name, leaf in weights.arrays.items()
     }
-    return dataclasses.replace(weights, leaves=leaves)
+    return dataclasses.replace(weights, arrays=leaves)

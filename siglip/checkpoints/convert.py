@@ -10,8 +10,8 @@ from typing import NoReturn
 
 from siglip.checkpoints import FORMATS, adapt, read, write
 from siglip.checkpoints.errors import CheckpointError
-from siglip.checkpoints.files.lazy_array import Leaf
-from siglip.checkpoints.formats import hf_tokenizer, huggingface, names, open_clip_format
+from siglip.checkpoints.files.lazy_array import LazyArray
+from siglip.checkpoints.formats import hf_config, hf_tokenizer, names, open_clip_format
 from siglip.checkpoints.spec import check_contract
 from siglip.checkpoints.weights import Weights, report
 from siglip.towers import positions
@@ -88,13 +88,13 @@ def convert(flags: argparse.Namespace) -> int:
     if format == "open_clip":
         open_clip_format.check(weights.spec)
     elif format == "huggingface":
-        huggingface.check_expressible(weights.spec, format)
+        hf_config.check_expressible(weights.spec, format)
     if not flags.quiet:
         print("\n".join(report(theirs(weights, format))))
     spec = weights.spec
     print(
         f"{weights.source} ({weights.format}): {weights.parameters:,} parameters in "
-        f"{len(weights.leaves)} arrays"
+        f"{len(weights.arrays)} arrays"
         + (f", taken for the released {spec.preset}" if spec.preset else "")
     )
     if flags.dry_run:
@@ -160,21 +160,21 @@ def with_image_tower(weights: Weights, other: Weights) -> Weights:
             f"--img: embeddings of {weights.source} have {mine.embedding_dim} numbers, those of "
             f"{other.source} {theirs.embedding_dim}"
         )
-    leaves = {n: leaf for n, leaf in other.leaves.items() if n.startswith("img/")}
-    leaves |= {n: leaf for n, leaf in weights.leaves.items() if not n.startswith("img/")}
+    leaves = {n: leaf for n, leaf in other.arrays.items() if n.startswith("img/")}
+    leaves |= {n: leaf for n, leaf in weights.arrays.items() if not n.startswith("img/")}
     spec = dataclasses.replace(mine, img=theirs.img, res=theirs.res, image=theirs.image, preset="")
-    joined = dataclasses.replace(weights, leaves=leaves, spec=spec)
+    joined = dataclasses.replace(weights, arrays=leaves, spec=spec)
     joined.check()
     return joined
 
 
-def theirs(weights: Weights, format: str) -> dict[str, Leaf]:
+def theirs(weights: Weights, format: str) -> dict[str, LazyArray]:
     """The arrays as the format names and shapes them, for the report."""
-    shapes = {name: leaf.shape for name, leaf in weights.leaves.items()}
+    shapes = {name: leaf.shape for name, leaf in weights.arrays.items()}
     if format == "big_vision":
-        return {f"params/{name}": leaf for name, leaf in weights.leaves.items()}
+        return {f"params/{name}": leaf for name, leaf in weights.arrays.items()}
     entries = names.huggingface(shapes) if format == "huggingface" else names.open_clip(shapes)
-    return {entry.theirs: names.to_theirs(entry, weights.leaves) for entry in entries}
+    return {entry.theirs: names.to_theirs(entry, weights.arrays) for entry in entries}
 
 
 def verify(weights: Weights, target: pathlib.Path) -> int:
@@ -183,15 +183,15 @@ def verify(weights: Weights, target: pathlib.Path) -> int:
     Raises:
       CheckpointError: one is not.
     """
-    again = read(target).leaves
-    for name, leaf in weights.leaves.items():
+    again = read(target).arrays
+    for name, leaf in weights.arrays.items():
         if name not in again:
             raise CheckpointError(f"{target} was written without {name}; delete it")
         ours, theirs = leaf.read(), again[name].read()
         same = ours.dtype == theirs.dtype and ours.shape == theirs.shape
         if not same or ours.tobytes() != theirs.tobytes():
             raise CheckpointError(f"{name} is not in {target} as it was in the source; delete it")
-    return len(weights.leaves)
+    return len(weights.arrays)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""What goes wrong with the files of a model."""
+"""The error for files of models."""
+
+from base.errors import UserError
 
 
-class CheckpointError(ValueError):
-    """A file cannot be read, is not what it claims to be, or does not fit. One line for people."""
+class CheckpointError(UserError):
+    """A file cannot be read, is not what it claims to be, or does not fit. One line."""

@@ -1,4 +1,4 @@
-"""A model outside of a training run: its arrays, not read yet, and what they are."""
+"""A model outside of a training run: its arrays, which are read when used, and its contract."""
 
 import collections
 import dataclasses
@@ -9,24 +9,26 @@ from typing import Any
 import numpy as np
 
 from siglip.checkpoints.errors import CheckpointError
-from siglip.checkpoints.files.lazy_array import Leaf
+from siglip.checkpoints.files.lazy_array import LazyArray
 from siglip.checkpoints.spec import Spec
 
-SHOWN = 5  # arrays named in a message, for each kind of difference
+PARTS = ("img", "txt", "t", "b")  # the towers, the temperature and the bias
+MAX_NAMES = 5  # arrays named in a message, for each kind of difference
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """
+    """The arrays and the contract of a model.
+
     Attributes:
-      leaves: by big_vision's names, layers one by one: 'img/Transformer/encoderblock_0/...'.
-      spec: the model that they are of.
-      source: where they come from, for people.
+      arrays: by big_vision's names, layers one by one: 'img/Transformer/encoderblock_0/...'.
+      spec: the contract: what the arrays are of.
+      source: the path or name that was read, for messages.
       format: of the source.
-      notes: what was not as exact as it looks, for the report.
+      notes: a line for each thing that was assumed or left out, for the report.
     """
 
-    leaves: dict[str, Leaf]
+    arrays: dict[str, LazyArray]
     spec: Spec
     source: str
     format: str
@@ -34,22 +36,30 @@ class Weights:
 
     @property
     def parameters(self) -> int:
-        return sum(int(np.prod(leaf.shape)) for leaf in self.leaves.values())
+        return sum(int(np.prod(array.shape)) for array in self.arrays.values())
 
     def check(self) -> None:
-        """Raises CheckpointError with a diff where the arrays are not those of the spec."""
-        shapes = {name: leaf.shape for name, leaf in self.leaves.items()}
+        """Compares names and shapes with the contract's.
+
+        Raises:
+          CheckpointError: they differ; the message names the arrays.
+        """
+        shapes = {name: array.shape for name, array in self.arrays.items()}
         compare(shapes, self.spec.shapes(), where=self.source)
 
     def only(self, tower: str) -> "Weights":
         """One tower, 'img' or 'txt', without the temperature."""
         if getattr(self.spec, tower, None) is None:
             raise CheckpointError(f"{self.source} holds no tower {tower!r}")
-        leaves = {n: leaf for n, leaf in self.leaves.items() if n.startswith(f"{tower}/")}
-        gone = {"img": {"txt": None, "token_len": None, "vocab_size": None, "tokenizer": None}}
-        gone["txt"] = {"img": None, "res": None}
-        spec = dataclasses.replace(self.spec, **gone[tower], bias=False, preset="")
-        return dataclasses.replace(self, leaves=leaves, spec=spec)
+        arrays = {
+            name: array for name, array in self.arrays.items() if name.startswith(f"{tower}/")
+        }
+        other = {
+            "img": {"txt": None, "token_len": None, "vocab_size": None, "tokenizer": None},
+            "txt": {"img": None, "res": None},
+        }
+        spec = dataclasses.replace(self.spec, **other[tower], bias=False, preset="")
+        return dataclasses.replace(self, arrays=arrays, spec=spec)
 
     def tree(self, *, scan: bool = False, dtype: Any = np.float32) -> dict[str, Any]:
         """Reads everything: the nested parameters of the model, layers stacked with `scan`.
@@ -57,12 +67,30 @@ class Weights:
         Args:
           dtype: of every array; None as in the file.
         """
-        leaves = stack(self.leaves) if scan else self.leaves
         tree: dict[str, Any] = {}
-        for name, leaf in leaves.items():
-            array = leaf.read()
+        for name, lazy in (stack(self.arrays) if scan else self.arrays).items():
+            array = lazy.read()
             insert(tree, name, array if dtype is None else array.astype(dtype, copy=False))
         return tree
+
+
+def split(weights: Weights) -> tuple[Weights, tuple[str, ...]]:
+    """The arrays of PARTS, and a note on the others: () where there are none.
+
+    A run may train further subtrees, a decoder or heads, which released formats do not have.
+    """
+    others = [name for name in weights.arrays if name.split("/")[0] not in PARTS]
+    if not others:
+        return weights, ()
+    arrays = {name: array for name, array in weights.arrays.items() if name not in set(others)}
+    subtrees = ", ".join(dict.fromkeys(name.split("/")[0] for name in others))
+    note = f"{len(others)} arrays of {subtrees} were left out: {_some(others)}"
+    return dataclasses.replace(weights, arrays=arrays), (note,)
+
+
+def _some(texts: list[str]) -> str:
+    more = f" and {len(texts) - MAX_NAMES} more" if len(texts) > MAX_NAMES else ""
+    return ", ".join(texts[:MAX_NAMES]) + more
 
 
 def insert(tree: dict[str, Any], name: str, value: Any) -> None:
@@ -74,109 +102,114 @@ def insert(tree: dict[str, Any], name: str, value: Any) -> None:
 
 
 def compare(
-    have: Mapping[str, Any], want: Mapping[str, Any], *, where: str, what: str = "shape"
+    in_file: Mapping[str, Any], in_model: Mapping[str, Any], *, where: str, what: str = "shape"
 ) -> None:
-    """Raises CheckpointError with the arrays that differ in name, or in what is said of them.
+    """Compares the arrays of a file and of a model.
 
     Args:
-      have, want: of the file, of the model: name -> shape, or another description.
-      where, what: what is compared, for the message.
+      in_file, in_model: name -> shape, or another description.
+      where, what: the file and what is compared, for the message.
+
+    Raises:
+      CheckpointError: names or descriptions differ; the message names the arrays.
     """
 
     def shown(value: Any) -> str:
         return str(list(value) if isinstance(value, tuple) else value)
 
-    missing = [f"{name} {shown(want[name])}" for name in want if name not in have]
-    extra = [f"{name} {shown(have[name])}" for name in have if name not in want]
-    other = [
-        f"{name} is {shown(have[name])} there, {shown(want[name])} in the model"
-        for name in want
-        if name in have and have[name] != want[name]
+    missing = [f"{name} {shown(in_model[name])}" for name in in_model if name not in in_file]
+    unknown = [f"{name} {shown(in_file[name])}" for name in in_file if name not in in_model]
+    differing = [
+        f"{name} is {shown(in_file[name])} there, {shown(in_model[name])} in the model"
+        for name in in_model
+        if name in in_file and in_file[name] != in_model[name]
     ]
-    told = [
-        f"{len(found)} {kind}: {', '.join(found[:SHOWN])}"
-        + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
-        for kind, found in (
+    parts = [
+        f"{len(arrays)} {kind}: {_some(arrays)}"
+        for kind, arrays in (
             ("missing there", missing),
-            ("unknown to the model", extra),
-            (f"of another {what}", other),
+            ("unknown to the model", unknown),
+            (f"of another {what}", differing),
         )
-        if found
+        if arrays
     ]
-    if told:
-        raise CheckpointError(f"{where} does not fit the model: arrays {'; '.join(told)}")
+    if parts:
+        raise CheckpointError(f"{where} does not fit the model: arrays {'; '.join(parts)}")
 
 
 # Layers one by one, and stacked
 
 
-def unstack(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
+def unstack(arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     """'.../encoderblock/x' [depth, ...] -> '.../encoderblock_i/x' [...]; the others as they are."""
-    found: dict[str, Leaf] = {}
-    for name, leaf in leaves.items():
-        before, stacked, after = name.partition("/encoderblock/")
-        if not stacked:
-            found[name] = leaf
+    unstacked: dict[str, LazyArray] = {}
+    for name, array in arrays.items():
+        before, is_stacked, after = name.partition("/encoderblock/")
+        if not is_stacked:
+            unstacked[name] = array
             continue
-        if not leaf.shape:
-            raise CheckpointError(f"{leaf.origin} has no layer axis, but its name says so")
-        once = _Once(leaf.read, leaf.shape[0])
-        for i in range(leaf.shape[0]):
-            layer = Leaf(
-                leaf.shape[1:], leaf.dtype, f"{leaf.origin}[{i}]", lambda o=once, i=i: o.layer(i)
+        if not array.shape:
+            raise CheckpointError(f"{array.origin} has no layer axis, but its name says so")
+        layers = _Layers(array.read, array.shape[0])
+        for i in range(array.shape[0]):
+            unstacked[f"{before}/encoderblock_{i}/{after}"] = LazyArray(
+                array.shape[1:],
+                array.dtype,
+                f"{array.origin}[{i}]",
+                lambda layers=layers, i=i: layers.read(i),
             )
-            found[f"{before}/encoderblock_{i}/{after}"] = layer
-    return found
+    return unstacked
 
 
-def stack(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
+def stack(arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     """The inverse of `unstack`."""
-    found: dict[str, Leaf] = {}
-    layers: dict[str, list[Leaf]] = collections.defaultdict(list)
-    for name, leaf in leaves.items():
+    stacked: dict[str, LazyArray] = {}
+    layers: dict[str, list[LazyArray]] = collections.defaultdict(list)
+    for name, array in arrays.items():
         before, is_layer, rest = name.partition("/encoderblock_")
         index, _, after = rest.partition("/")
         if not is_layer:
-            found[name] = leaf
+            stacked[name] = array
             continue
-        whole = f"{before}/encoderblock/{after}"
-        if int(index) != len(layers[whole]):
-            raise CheckpointError(f"{leaf.origin}: layer {index} of {whole} stands out of turn")
-        layers[whole].append(leaf)
+        target = f"{before}/encoderblock/{after}"
+        if int(index) != len(layers[target]):
+            raise CheckpointError(f"{array.origin}: layer {index} of {target} stands out of turn")
+        layers[target].append(array)
     for name, parts in layers.items():
         first = parts[0]
         for part in parts:
             if (part.shape, part.dtype) != (first.shape, first.dtype):
                 raise CheckpointError(f"{part.origin} and {first.origin} cannot be stacked")
-        shape = (len(parts), *first.shape)
-        origin = f"{first.origin} and the other layers"
-        found[name] = Leaf(
-            shape, first.dtype, origin, lambda p=parts: np.stack([part.read() for part in p])
+        stacked[name] = LazyArray(
+            (len(parts), *first.shape),
+            first.dtype,
+            f"{first.origin} and the other layers",
+            lambda parts=parts: np.stack([part.read() for part in parts]),
         )
-    return found
+    return stacked
 
 
-class _Once:
-    """The layers of a stacked array, which is read once and let go when all have been taken."""
+class _Layers:
+    """The layers of a stacked array, which is read once and freed when all have been taken."""
 
-    def __init__(self, read: Callable[[], np.ndarray], layers: int):
-        self._read, self._all, self._left = read, layers, layers
+    def __init__(self, read: Callable[[], np.ndarray], depth: int):
+        self._read_all, self._depth, self._left = read, depth, depth
         self._array: np.ndarray | None = None
         self._lock = threading.Lock()
 
-    def layer(self, i: int) -> np.ndarray:
+    def read(self, i: int) -> np.ndarray:
         with self._lock:
             if self._array is None:
-                self._array = self._read()
+                self._array = self._read_all()
             layer, self._left = np.array(self._array[i]), self._left - 1
             if not self._left:
-                self._array, self._left = None, self._all
+                self._array, self._left = None, self._depth
             return layer
 
 
-def report(leaves: Mapping[str, Leaf]) -> Iterable[str]:
-    """A line per array: its name, type and shape, and where it comes from."""
-    rows = [(name, f"{leaf.dtype}{list(leaf.shape)}", leaf.origin) for name, leaf in leaves.items()]
+def report(arrays: Mapping[str, LazyArray]) -> Iterable[str]:
+    """A line for each array: its name, type and shape, and where it comes from."""
+    rows = [(name, f"{x.dtype}{list(x.shape)}", x.origin) for name, x in arrays.items()]
     if not rows:
         return
     widths = [max(len(row[i]) for row in rows) for i in range(2)]

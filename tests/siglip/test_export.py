@@ -270,17 +270,17 @@ def test_a_larger_batch_is_compared_too(weights, monkeypatch, tmp_path):
 
 def test_weights_that_are_no_numbers_are_refused(weights, tmp_path):
     name = "txt/head/bias"
-    nan = of_array(np.full(weights.leaves[name].shape, np.nan, np.float32))
-    broken = dataclasses.replace(weights, leaves={**weights.leaves, name: nan})
+    nan = of_array(np.full(weights.arrays[name].shape, np.nan, np.float32))
+    broken = dataclasses.replace(weights, arrays={**weights.arrays, name: nan})
     with pytest.raises(CheckpointError, match="text embeddings are not finite numbers"):
         export(broken, tmp_path / "x", Options())
     assert not list(tmp_path.iterdir())
 
 
 def test_weights_of_another_model_are_refused_with_a_diff(weights, tmp_path):
-    leaves = {n: leaf for n, leaf in weights.leaves.items() if n != "txt/head/bias"}
+    leaves = {n: leaf for n, leaf in weights.arrays.items() if n != "txt/head/bias"}
     with pytest.raises(CheckpointError, match=r"1 missing there: txt/head/bias \[32\]"):
-        export(dataclasses.replace(weights, leaves=leaves), tmp_path / "x", Options())
+        export(dataclasses.replace(weights, arrays=leaves), tmp_path / "x", Options())
 
 
 SOURCE = "random:siglip-b16-224:small"

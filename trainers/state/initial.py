@@ -52,12 +52,12 @@ def initial_params(
 
 
 def _taken(weights: Weights, only: tuple[str, ...]) -> Weights:
-    leaves = {name: leaf for name, leaf in weights.leaves.items() if name.split("/")[0] in only}
+    leaves = {name: leaf for name, leaf in weights.arrays.items() if name.split("/")[0] in only}
     made = weights.spec
     for tower in ("img", "txt"):
         if tower not in only:
             made = dataclasses.replace(made, **{tower: None})
-    return dataclasses.replace(weights, leaves=leaves, spec=made)
+    return dataclasses.replace(weights, arrays=leaves, spec=made)
 
 
 def fitted(
@@ -101,7 +101,7 @@ def _named(change: Any, key: str) -> Weights:
 
 def _merged(weights: Weights, params: PyTree, scan: bool, only: tuple[str, ...]) -> PyTree:
     """`params` with what is in the weights, each array straight onto its devices."""
-    leaves = stack(weights.leaves) if scan else weights.leaves
+    leaves = stack(weights.arrays) if scan else weights.arrays
     fresh = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
     wanted = {name: x.shape for name, x in fresh.items() if name.split("/")[0] in only}
     have = {name: leaf.shape for name, leaf in leaves.items()}

@@ -13,7 +13,7 @@ from typing import IO
 import numpy as np
 
 from siglip.checkpoints.errors import CheckpointError
-from siglip.checkpoints.files.lazy_array import Leaf
+from siglip.checkpoints.files.lazy_array import LazyArray
 
 MOST_AXES = 32
 PIECE = 1 << 20  # elements that are copied at once where an array has to be copied
@@ -100,7 +100,7 @@ def as_array(origin: str, flat: np.ndarray, dtype: np.dtype, shape: tuple[int, .
     return flat.view(dtype).reshape(shape)
 
 
-def write_array(file: io.BufferedIOBase | IO[bytes], leaf: Leaf) -> None:
+def write_array(file: io.BufferedIOBase | IO[bytes], leaf: LazyArray) -> None:
     """In C order and little-endian. A transposed array is not copied whole, and none outlives the
     call."""
     array = leaf.read()

@@ -7,13 +7,13 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class LazyArray:
     """Shape and type of an array in a file, which `read` brings into memory.
 
     Attributes:
-      dtype: as it lies in the file; bfloat16 is ml_dtypes.bfloat16.
-      origin: where it comes from, for people: 'model.safetensors: vision_model.head.probe'.
-      read: raises CheckpointError where the file is damaged.
+      dtype: as in the file; bfloat16 is ml_dtypes.bfloat16.
+      origin: file and name, for messages: 'model.safetensors: vision_model.head.probe'.
+      read: gives the array, anew at each call; CheckpointError where the file is damaged.
     """
 
     shape: tuple[int, ...]
@@ -26,6 +26,6 @@ class Leaf:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def of_array(array: np.ndarray, origin: str = "memory") -> Leaf:
-    """A Leaf of what is in memory already."""
-    return Leaf(tuple(array.shape), array.dtype, origin, lambda: array)
+def of_array(array: np.ndarray, origin: str = "memory") -> LazyArray:
+    """The LazyArray of an array in memory."""
+    return LazyArray(tuple(array.shape), array.dtype, origin, lambda: array)

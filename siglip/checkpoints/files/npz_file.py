@@ -26,7 +26,7 @@ from siglip.checkpoints.files.array_file import (
     what_it_is,
     write_array,
 )
-from siglip.checkpoints.files.lazy_array import Leaf
+from siglip.checkpoints.files.lazy_array import LazyArray
 
 NUMBERS = {np.dtype(code) for code in "?bhilqBHILQefd"}  # bool, integers, floats
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -36,7 +36,7 @@ ALIGN = 64  # bytes
 CHUNK = 1 << 20  # bytes that are read, and unpacked, at once
 
 
-def read(path: str | os.PathLike) -> dict[str, Leaf]:
+def read(path: str | os.PathLike) -> dict[str, LazyArray]:
     """The arrays of an archive by name, without '.npy', in the order of its directory. Only
     headers are read.
 
@@ -57,7 +57,7 @@ def read(path: str | os.PathLike) -> dict[str, Leaf]:
     return leaves
 
 
-def write(path: str | os.PathLike, leaves: Iterable[tuple[str, Leaf]]) -> None:
+def write(path: str | os.PathLike, leaves: Iterable[tuple[str, LazyArray]]) -> None:
     """Replaces the file in one move, uncompressed. The same arrays give the same bytes; numpy.load
     reads them, but for bfloat16, which it gives as two-byte void.
 
@@ -159,7 +159,7 @@ def _member(source: Source, file: io.BufferedReader, info: zipfile.ZipInfo) -> _
     return _Member(name, start, info.compress_size, info.file_size, deflated, info.CRC)
 
 
-def _leaf(source: Source, file: io.BufferedReader, member: _Member) -> Leaf:
+def _leaf(source: Source, file: io.BufferedReader, member: _Member) -> LazyArray:
     where, origin = f"{source.path}: array {member.name!r}", f"{source.name}: {member.name}"
     head = np.empty(min(member.size, MOST_HEADER + 12), np.uint8)
     try:
@@ -171,7 +171,7 @@ def _leaf(source: Source, file: io.BufferedReader, member: _Member) -> Leaf:
     dtype = _native(where, header.dtype)
     if not is_possible(header.shape, dtype):
         raise CheckpointError(f"{where} has an impossible shape; the file is damaged")
-    leaf = Leaf(header.shape, dtype, origin, lambda: _read(source, member, header, leaf))
+    leaf = LazyArray(header.shape, dtype, origin, lambda: _read(source, member, header, leaf))
     if header.length + leaf.nbytes != member.size:
         raise CheckpointError(
             f"{where} claims to be {dtype}{list(leaf.shape)}, {leaf.nbytes} bytes, but "
@@ -209,7 +209,7 @@ def _native(where: str, dtype: np.dtype) -> np.dtype:
     return native
 
 
-def _read(source: Source, member: _Member, header: _Header, leaf: Leaf) -> np.ndarray:
+def _read(source: Source, member: _Member, header: _Header, leaf: LazyArray) -> np.ndarray:
     """Raises CheckpointError where the bytes are not those that were saved."""
     # One buffer, in which not the header but the array is aligned.
     pad = -header.length % ALIGN
@@ -247,7 +247,7 @@ def _fill(file: io.BufferedReader, member: _Member, out: np.ndarray) -> int:
     return at
 
 
-def _header_of(leaf: Leaf) -> bytes:
+def _header_of(leaf: LazyArray) -> bytes:
     if leaf.dtype == BFLOAT16:
         code = "<V2"
     elif leaf.dtype.newbyteorder("=") in NUMBERS:

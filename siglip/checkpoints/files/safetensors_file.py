@@ -27,7 +27,7 @@ from siglip.checkpoints.files.array_file import (
     what_it_is,
     write_array,
 )
-from siglip.checkpoints.files.lazy_array import Leaf
+from siglip.checkpoints.files.lazy_array import LazyArray
 
 # In the order in which the library lays arrays of these types into a file.
 DTYPES = {
@@ -46,7 +46,7 @@ MOST_HEADER = 100_000_000  # bytes; the library's limit too
 INDEX = "model.safetensors.index.json"
 
 
-def read(path: str | os.PathLike) -> dict[str, Leaf]:
+def read(path: str | os.PathLike) -> dict[str, LazyArray]:
     """The arrays of a file, in the order in which they lie. Only its header is read.
 
     Raises:
@@ -76,7 +76,7 @@ def read(path: str | os.PathLike) -> dict[str, Leaf]:
     return {entry.name: _leaf(source, entry, begin + entry.begin) for entry in entries}
 
 
-def read_folder(folder: str | os.PathLike) -> dict[str, Leaf]:
+def read_folder(folder: str | os.PathLike) -> dict[str, LazyArray]:
     """The arrays of model.safetensors, else those that model.safetensors.index.json names.
 
     Raises:
@@ -103,7 +103,9 @@ def read_folder(folder: str | os.PathLike) -> dict[str, Leaf]:
     raise CheckpointError(f"{folder} holds neither model.safetensors nor {INDEX}; {there}")
 
 
-def write(path: str | os.PathLike, leaves: Mapping[str, Leaf], metadata: dict[str, str]) -> None:
+def write(
+    path: str | os.PathLike, leaves: Mapping[str, LazyArray], metadata: dict[str, str]
+) -> None:
     """Replaces the file in one move. The same arrays and metadata give the same bytes, which are
     those of the library where there is at most one entry of metadata (it has no order for more).
 
@@ -205,7 +207,7 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 
 
-def _leaf(source: "Source", entry: _Entry, begin: int) -> Leaf:
+def _leaf(source: "Source", entry: _Entry, begin: int) -> LazyArray:
     dtype = DTYPES[entry.code]
     origin = f"{source.name}: {entry.name}"
 
@@ -217,10 +219,10 @@ def _leaf(source: "Source", entry: _Entry, begin: int) -> Leaf:
                 raise CheckpointError(f"{source.path} ended while {entry.name!r} was read")
         return as_array(origin, flat, dtype, entry.shape)
 
-    return Leaf(entry.shape, dtype, origin, read_array)
+    return LazyArray(entry.shape, dtype, origin, read_array)
 
 
-def _read_shards(folder: str) -> dict[str, Leaf]:
+def _read_shards(folder: str) -> dict[str, LazyArray]:
     source = Source(os.path.join(folder, INDEX))
     if source.size > MOST_HEADER:
         raise CheckpointError(f"{source.path} has {source.size} bytes, too many for an index")

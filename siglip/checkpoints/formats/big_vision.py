@@ -1,60 +1,82 @@
 """big_vision's .npz: 'params/img/...', layers one by one or stacked."""
 
 import pathlib
+from collections.abc import Mapping
 
 from siglip.checkpoints import spec
 from siglip.checkpoints.files import npz_file
-from siglip.checkpoints.files.lazy_array import Leaf
-from siglip.checkpoints.weights import Weights, stack, unstack
+from siglip.checkpoints.files.lazy_array import LazyArray
+from siglip.checkpoints.spec import Spec
+from siglip.checkpoints.weights import PARTS, Weights, stack, unstack
 
+# Where parameters lie: saved alone, in a training checkpoint, and without a prefix.
 PREFIXES = ("params/", "opt/target/", "")
+# First parts of the names of a tower that was saved alone; the first one tells which tower it is.
+TOWERS = {
+    "img": ("embedding", "pos_embedding", "Transformer", "MAPHead_0", "head", "cls"),
+    "txt": ("Embed_0", "pos_embedding", "Encoder_0", "head", "MAPHead_0", "embed_projection"),
+}
 
 
 def read(path: pathlib.Path) -> Weights:
-    """
+    """The model of an .npz.
+
     Raises:
       CheckpointError: it cannot be read, or holds no model of this family.
     """
-    leaves = npz_file.read(path)
-    for prefix in PREFIXES:
-        found = {n.removeprefix(prefix): leaf for n, leaf in leaves.items() if n.startswith(prefix)}
-        # Beside parameters, a training checkpoint holds optimizer state and counters.
-        found = {
-            n: leaf for n, leaf in found.items() if n.split("/")[0] in ("img", "txt", "t", "b")
-        }
-        if found:
-            break
-    else:
-        found = _tower_alone(leaves)
-    found = unstack(found)
-    towers = {name.split("/")[0] for name in found} & {"img", "txt"}
-    if len(towers) == 1:  # whose temperature is of no use
-        found = {n: leaf for n, leaf in found.items() if n not in ("t", "b")}
-    beside = sidecar(path)
-    shapes = {name: leaf.shape for name, leaf in found.items()}
-    made = spec.load(beside) if beside.exists() else spec.infer(shapes, where=str(path))
+    contract, arrays = _open(path)
     notes = []
-    if made.img and not beside.exists() and not made.preset and not made.txt:
+    if contract.img and not contract.txt and not contract.preset and not sidecar(path).exists():
         notes.append(
-            f"how images were prepared cannot be seen from a tower alone; {made.image!r} is taken"
+            "how images were prepared cannot be seen from a tower alone; "
+            f"{contract.image!r} is taken"
         )
-    weights = Weights(found, made, str(path), "big_vision", tuple(notes))
+    weights = Weights(arrays, contract, str(path), "big_vision", tuple(notes))
     weights.check()
     return weights
 
 
-def _tower_alone(leaves: dict[str, Leaf]) -> dict[str, Leaf]:
-    """A file of one tower, whose names begin with its parts."""
-    parts = {
-        "img": ("embedding", "pos_embedding", "Transformer", "MAPHead_0", "head", "cls"),
-        "txt": ("Embed_0", "pos_embedding", "Encoder_0", "head", "MAPHead_0", "embed_projection"),
-    }
+def read_contract(path: pathlib.Path) -> Spec:
+    """The contract of the model that `read` gives, from headers and the file beside it.
+
+    Raises:
+      CheckpointError: it cannot be read, or holds no model of this family.
+    """
+    return _open(path)[0]
+
+
+def _open(path: pathlib.Path) -> tuple[Spec, dict[str, LazyArray]]:
+    in_file = npz_file.read(path)
     for prefix in PREFIXES:
-        names = [n for n in leaves if n.startswith(prefix)]
-        for tower, known in parts.items():
-            mine = [n for n in names if n.removeprefix(prefix).split("/")[0] in known]
-            if any(n.startswith(f"{prefix}{known[0]}/") for n in mine):
-                return {f"{tower}/{n.removeprefix(prefix)}": leaves[n] for n in mine}
+        # Beside parameters, a training checkpoint holds optimizer state and counters.
+        arrays = {
+            name.removeprefix(prefix): array
+            for name, array in in_file.items()
+            if name.startswith(prefix) and name.removeprefix(prefix).split("/")[0] in PARTS
+        }
+        if arrays:
+            break
+    else:
+        arrays = _tower_alone(in_file)
+    arrays = unstack(arrays)
+    towers = {name.split("/")[0] for name in arrays} & {"img", "txt"}
+    if len(towers) == 1:  # the temperature is of no use without the other tower
+        arrays = {name: array for name, array in arrays.items() if name not in ("t", "b")}
+    beside = sidecar(path)
+    if beside.exists():
+        return spec.load(beside), arrays
+    shapes = {name: array.shape for name, array in arrays.items()}
+    return spec.infer(shapes, where=str(path)), arrays
+
+
+def _tower_alone(in_file: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
+    """The arrays of a file of one tower, whose names begin with its parts, as 'img/...'."""
+    for prefix in PREFIXES:
+        names = [name for name in in_file if name.startswith(prefix)]
+        for tower, parts in TOWERS.items():
+            own = [name for name in names if name.removeprefix(prefix).split("/")[0] in parts]
+            if any(name.startswith(f"{prefix}{parts[0]}/") for name in own):
+                return {f"{tower}/{name.removeprefix(prefix)}": in_file[name] for name in own}
     return {}
 
 
@@ -63,24 +85,27 @@ def sidecar(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f"{path.stem}.{spec.FILE}")
 
 
-def write(weights: Weights, path: pathlib.Path, *, stacked: bool = False) -> None:
-    """Writes `path`, and what the model must be given beside it.
+def write(weights: Weights, path: pathlib.Path, *, stacked: bool = False) -> tuple[str, ...]:
+    """Writes `path`, and the contract of the model beside it. Nothing is inexact: no notes.
 
     Args:
-      stacked: one array per kind of layer, as the SigLIP 2 files have it; else as those of SigLIP.
+      stacked: one array for each kind of layer, as in the SigLIP 2 files; else one for each layer,
+        as in those of SigLIP.
     """
-    leaves = stack(weights.leaves) if stacked else weights.leaves
+    arrays = stack(weights.arrays) if stacked else weights.arrays
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = sidecar(path)
-    # First, and gone after an error: arrays without their contract would be taken for others'.
-    made = spec.with_tokenizer_beside(weights.spec, beside)
+    # The contract is written first and removed after an error: without it, the arrays could be
+    # taken for those of another model.
+    contract = spec.with_tokenizer_beside(weights.spec, beside)
     try:
-        spec.save(made, beside)
-        npz_file.write(path, ((f"params/{name}", leaf) for name, leaf in leaves.items()))
+        spec.save(contract, beside)
+        npz_file.write(path, ((f"params/{name}", array) for name, array in arrays.items()))
     except BaseException:
         beside.unlink(missing_ok=True)
-        if made is not weights.spec and made.tokenizer:
-            copy = beside.with_name(made.tokenizer["path"])
+        if contract is not weights.spec and contract.tokenizer:
+            copy = beside.with_name(contract.tokenizer["path"])
             if copy != pathlib.Path((weights.spec.tokenizer or {})["path"]):
                 copy.unlink(missing_ok=True)
         raise
+    return ()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from siglip.checkpoints.files.lazy_array import Leaf
+from siglip.checkpoints.files.lazy_array import LazyArray
 
 Shape = tuple[int, ...]
 
@@ -191,7 +191,7 @@ def their_shape(entry: Entry, shapes: Mapping[str, Shape]) -> Shape:
     return one if len(entry.ours) == 1 else (one[0] * len(entry.ours), *one[1:])
 
 
-def to_theirs(entry: Entry, ours: Mapping[str, Leaf]) -> Leaf:
+def to_theirs(entry: Entry, ours: Mapping[str, LazyArray]) -> LazyArray:
     parts = [ours[name] for name in entry.ours]
 
     def read() -> np.ndarray:
@@ -200,10 +200,12 @@ def to_theirs(entry: Entry, ours: Mapping[str, Leaf]) -> Leaf:
         return np.asarray(made[0] if len(made) == 1 else np.concatenate(made), order="C")
 
     shape = their_shape(entry, {name: ours[name].shape for name in entry.ours})
-    return Leaf(shape, parts[0].dtype, ", ".join(part.origin for part in parts), read)
+    return LazyArray(shape, parts[0].dtype, ", ".join(part.origin for part in parts), read)
 
 
-def to_ours(entry: Entry, theirs: Leaf, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Leaf]]:
+def to_ours(
+    entry: Entry, theirs: LazyArray, shapes: Mapping[str, Shape]
+) -> Iterator[tuple[str, LazyArray]]:
     """(name, leaf) for each of ours; `theirs` has the shape of `their_shape`, or one with as many
     elements (a scalar may be [] or [1])."""
     share = their_shape(entry, shapes)
@@ -217,4 +219,4 @@ def to_ours(entry: Entry, theirs: Leaf, shapes: Mapping[str, Shape]) -> Iterator
             return np.asarray(entry.layout.back(array, shapes[name]), order="C")
 
         part = f"[{i * rows}:{(i + 1) * rows}]" if len(entry.ours) > 1 else ""
-        yield name, Leaf(shapes[name], theirs.dtype, theirs.origin + part, read)
+        yield name, LazyArray(shapes[name], theirs.dtype, theirs.origin + part, read)

@@ -1,11 +1,10 @@
 """open_clip's SigLIP models: open_clip_model.safetensors and open_clip_config.json.
 
-Their image towers are timm's, most of which have the exact GELU in the place of its tanh form, and
-so do the text towers of the first generation: embeddings differ by about 2e-5 from those of the
-same weights here and in Hugging Face's transformers.
+Their image towers are timm's. Most of these, and the text towers of the first generation, have the
+exact GELU where SigLIP has its tanh form: embeddings differ by about 2e-5 from those of the same
+weights here and in Hugging Face's transformers.
 """
 
-import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -16,8 +15,9 @@ import numpy as np
 from siglip.checkpoints import spec
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files import safetensors_file
-from siglip.checkpoints.files.lazy_array import Leaf
-from siglip.checkpoints.formats import hf_tokenizer, huggingface, names
+from siglip.checkpoints.files.lazy_array import LazyArray
+from siglip.checkpoints.formats import hf_config, hf_tokenizer, names
+from siglip.checkpoints.formats.huggingface import folder_at_once
 from siglip.checkpoints.spec import Spec
 from siglip.checkpoints.weights import Weights, compare
 from siglip.towers.text import make_text
@@ -28,57 +28,71 @@ MODEL, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 
 
 def read(path: pathlib.Path) -> Weights:
-    """A folder, or the .safetensors file in it.
+    """The model of a folder, or of the .safetensors file in it.
 
     Raises:
       CheckpointError: files are missing or damaged, or are not of this family.
     """
-    file = path / MODEL if path.is_dir() else path
-    theirs = safetensors_file.read(file)
-    config = _config(file.with_name(CONFIG))
-    shapes = {name: leaf.shape for name, leaf in theirs.items()}
-    made = _spec(shapes, config, file)
-    ours = made.shapes()
-    entries = list(names.open_clip(ours))
-    want = {entry.theirs: names.their_shape(entry, ours) for entry in entries}
-    have = {n: want[n] if _scalar(s, want.get(n)) else s for n, s in shapes.items()}
-    compare(have, want, where=str(file))
-    leaves = {
-        name: leaf
+    file, theirs = _open(path)
+    in_file = {name: array.shape for name, array in theirs.items()}
+    contract = _contract(in_file, file)
+    shapes = contract.shapes()
+    entries = list(names.open_clip(shapes))
+    in_model = {entry.theirs: names.their_shape(entry, shapes) for entry in entries}
+    for name, shape in in_file.items():
+        if shape == (1,) and in_model.get(name) == ():  # the temperature, in some files
+            in_file[name] = ()
+    compare(in_file, in_model, where=str(file))
+    ours = {
+        name: array
         for entry in entries
-        for name, leaf in names.to_ours(entry, theirs[entry.theirs], ours)
+        for name, array in names.to_ours(entry, theirs[entry.theirs], shapes)
     }
-    return Weights({n: leaves[n] for n in ours}, made, str(file), "open_clip")
+    return Weights({name: ours[name] for name in shapes}, contract, str(file), "open_clip")
 
 
-def _scalar(have: tuple[int, ...], want: tuple[int, ...] | None) -> bool:
-    return want == () and have == (1,)
+def read_contract(path: pathlib.Path) -> Spec:
+    """The contract of the model that `read` gives, from headers and JSON files.
+
+    Raises:
+      CheckpointError: files are missing or damaged, or are not of this family.
+    """
+    file, theirs = _open(path)
+    return _contract({name: array.shape for name, array in theirs.items()}, file)
+
+
+def _open(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, LazyArray]]:
+    """The file of arrays, and its arrays by name."""
+    file = path / MODEL if path.is_dir() else path
+    return file, safetensors_file.read(file)
 
 
 def _config(file: pathlib.Path) -> dict[str, Any]:
+    """{'model_cfg': ..., 'preprocess_cfg': ...} of a file that may be the model_cfg alone."""
     if not file.exists():
         return {}
-    found = huggingface.read_json(file)
-    return found if "model_cfg" in found else {"model_cfg": found}
+    config = hf_config.read_json(file)
+    return config if "model_cfg" in config else {"model_cfg": config}
 
 
-def _spec(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], file: Any) -> Spec:
+def _contract(shapes: Mapping[str, tuple[int, ...]], file: pathlib.Path) -> Spec:
     if (own := file.with_name(spec.FILE)).exists():
         return spec.load(own)
+    config = _config(file.with_name(CONFIG))
     model = config.get("model_cfg") or {}
     img = txt = None
     res = token_len = None
     try:
         if "visual.trunk.patch_embed.proj.weight" in shapes:
             kernel = shapes["visual.trunk.patch_embed.proj.weight"]
-            img = _tower(shapes, "visual.trunk.blocks.", "mlp.fc1", kernel[0], None)
-            img = spec.variant_of(img, f"/{kernel[2]}")
+            sizes = _sizes(shapes, "visual.trunk.blocks.", "mlp.fc1", kernel[0], None)
+            img = spec.variant_of(sizes, f"/{kernel[2]}")
             side = round(shapes["visual.trunk.pos_embed"][1] ** 0.5)
             res = (model.get("vision_cfg") or {}).get("image_size", side * kernel[2])
         if "text.token_embedding.weight" in shapes:
             vocab, width = shapes["text.token_embedding.weight"]
             heads = (model.get("text_cfg") or {}).get("heads")
-            sizes = _tower(shapes, "text.transformer.resblocks.", "mlp.c_fc", width, heads)
+            sizes = _sizes(shapes, "text.transformer.resblocks.", "mlp.c_fc", width, heads)
             txt = spec.variant_of(sizes, "")
             txt["vocab_size"] = vocab
             txt["out_dim"] = shapes.get("text.text_projection.bias", (0,))[0]
@@ -91,7 +105,7 @@ def _spec(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], file
         first = ", ".join(list(shapes)[:4])
         raise CheckpointError(f"{file} is no SigLIP model of open_clip; its arrays: {first}, ...")
     pad = spec.pad_id_of(txt) if txt else 1
-    made = Spec(
+    contract = Spec(
         img,
         txt,
         bias="logit_bias" in shapes,
@@ -102,11 +116,12 @@ def _spec(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], file
         text=spec.text_program(1, pad),
         tokenizer=hf_tokenizer.find(file.parent) if txt else None,
     )
-    return huggingface.known_as(made)
+    return hf_config.with_preset(contract)
 
 
 def _image(config: Mapping[str, Any], file: Any) -> str:
-    """What open_clip's preprocess_cfg does; it has other defaults for models of its own."""
+    """The image program of a preprocess_cfg. Its defaults are those of open_clip's SigLIP models,
+    not of its other models."""
     for key in ("mean", "std"):
         if config.get(key) not in (None, [0.5] * 3):
             raise CheckpointError(
@@ -127,14 +142,12 @@ def _shortest(method: str) -> str:
     return f"decode | shorter_side(method='{method}-pil') | center_crop"
 
 
-def _tower(
-    shapes, blocks: str, mlp: str, width: int, heads: int | None
+def _sizes(
+    shapes: Mapping[str, tuple[int, ...]], blocks: str, mlp: str, width: int, heads: int | None
 ) -> tuple[int, int, int, int]:
-    """(width, depth, mlp_dim, heads); heads, where nobody says, of the variant of these sizes."""
-    depth = 1 + max(
-        (int(found[1]) for n in shapes if (found := re.match(re.escape(blocks) + r"(\d+)\.", n))),
-        default=-1,
-    )
+    """(width, depth, mlp_dim, heads) of a tower; heads=None: those of the variant of that size."""
+    layers = [re.match(re.escape(blocks) + r"(\d+)\.", name) for name in shapes]
+    depth = 1 + max((int(layer[1]) for layer in layers if layer), default=-1)
     mlp_dim = shapes[f"{blocks}0.{mlp}.bias"][0]
     known = [v[3] for v in VARIANTS.values() if v[:3] == (width, depth, mlp_dim)]
     if not heads and not known:
@@ -145,53 +158,56 @@ def _tower(
     return width, depth, mlp_dim, heads or known[0]
 
 
-def check(made: Spec) -> None:
-    """Raises CheckpointError: open_clip has no such model."""
-    huggingface.check_expressible(made, "open_clip")
-    if not made.img or not made.txt:
+def check(contract: Spec) -> None:
+    """
+    Raises:
+      CheckpointError: open_clip has no such model.
+    """
+    hf_config.check_expressible(contract, "open_clip")
+    if not contract.img or not contract.txt:
         raise CheckpointError("open_clip has no towers alone; write them as huggingface")
-    if made.img.get("naflex_grid"):
+    if contract.img.get("naflex_grid"):
         raise CheckpointError("open_clip has no NaFlex models; write it as huggingface")
 
 
 def write(weights: Weights, folder: pathlib.Path) -> tuple[str, ...]:
-    """Writes a folder for `open_clip.create_model('local-dir:FOLDER')`; what is not exact in it.
+    """Writes a folder for `open_clip.create_model('local-dir:FOLDER')`, whole or not at all.
+
+    Returns:
+      A note for each thing that is not exact in it.
 
     Raises:
       CheckpointError: open_clip has no such model.
     """
-    made = weights.spec
-    check(made)
-    assert made.img is not None and made.txt is not None
+    contract = weights.spec
+    check(contract)
+    assert contract.img is not None and contract.txt is not None
     notes = []
-    name = _TIMM.get((made.img["variant"], made.res or 0))
+    name = _TIMM.get((contract.img["variant"], contract.res or 0))
     if name is None:
-        name = f"vit_base_patch16_siglip_{made.res}"
+        name = f"vit_base_patch16_siglip_{contract.res}"
         notes.append(
-            f"timm has no image tower like {made.img} at {made.res} pixels: the arrays are right, "
-            f"timm_model_name in {CONFIG} is not"
+            f"timm has no image tower like {contract.img} at {contract.res} pixels: the arrays are "
+            f"right, timm_model_name in {CONFIG} is not"
         )
     notes.append(
         "GELU: timm and open_clip choose its exact or tanh form by model, see docs/weights.md"
     )
-    leaves = weights.leaves
-    shapes = {n: leaf.shape for n, leaf in leaves.items()}
-    theirs: dict[str, Leaf] = {
-        e.theirs: names.to_theirs(e, leaves) for e in names.open_clip(shapes)
-    }
-    with huggingface.folder_at_once(folder) as scratch:
+    shapes = {name: array.shape for name, array in weights.arrays.items()}
+    theirs = {e.theirs: names.to_theirs(e, weights.arrays) for e in names.open_clip(shapes)}
+    with folder_at_once(folder) as scratch:
         safetensors_file.write(scratch / MODEL, theirs, {"format": "pt"})
-        config, exact = _config_of(made, name)
+        config, exact = _config_of(contract, name)
         if not exact:
             notes.append(
-                f"images are prepared by {made.image!r} here, by Pillow's bilinear resize there: "
-                "not equal to the pixel"
+                f"images are prepared by {contract.image!r} here, by Pillow's bilinear resize "
+                "there: not equal to the pixel"
             )
-        made, more = hf_tokenizer.write(made, scratch)
+        contract, more = hf_tokenizer.write(contract, scratch)
         notes += more
-        (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        hf_config.write_json(config, scratch / CONFIG)
         beside = scratch / spec.FILE
-        spec.save(spec.with_tokenizer_beside(made, beside), beside)
+        spec.save(spec.with_tokenizer_beside(contract, beside), beside)
     return tuple(notes)
 
 
@@ -209,12 +225,13 @@ _TIMM = {
 }
 
 
-def _config_of(made: Spec, timm_name: str) -> tuple[dict[str, Any], bool]:
-    """The file, and whether its preprocessing is that of the spec."""
-    assert made.img is not None and made.txt is not None
-    vit, text = make_vit(**made.img), make_text(**made.txt)
+def _config_of(contract: Spec, timm_name: str) -> tuple[dict[str, Any], bool]:
+    """The content of open_clip_config.json, and whether its preprocessing gives the contract's
+    images to the pixel."""
+    assert contract.img is not None and contract.txt is not None
+    vit, text = make_vit(**contract.img), make_text(**contract.txt)
     text_cfg = {
-        "context_length": made.token_len,
+        "context_length": contract.token_len,
         "vocab_size": text.vocab_size,
         "width": text.width,
         "heads": text.num_heads,
@@ -234,7 +251,7 @@ def _config_of(made: Spec, timm_name: str) -> tuple[dict[str, Any], bool]:
     else:
         text_cfg["proj_type"] = "none"
     vision_cfg = {
-        "image_size": made.res,
+        "image_size": contract.res,
         "timm_model_name": timm_name,
         "timm_model_pretrained": False,
         "timm_pool": "map",
@@ -252,7 +269,7 @@ def _config_of(made: Spec, timm_name: str) -> tuple[dict[str, Any], bool]:
     preprocess = {
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
-        "interpolation": methods.get(made.image, "bilinear"),
-        "resize_mode": "shortest" if made.image in shortest else "squash",
+        "interpolation": methods.get(contract.image, "bilinear"),
+        "resize_mode": "shortest" if contract.image in shortest else "squash",
     }
-    return {"model_cfg": model, "preprocess_cfg": preprocess}, made.image in methods
+    return {"model_cfg": model, "preprocess_cfg": preprocess}, contract.image in methods

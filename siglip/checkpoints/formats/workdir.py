@@ -1,17 +1,21 @@
-"""This project's own checkpoints: <workdir>/checkpoints/<step>/state, beside <workdir>/siglip.json.
+"""Workdirs of this project: <workdir>/checkpoints/<step>/state, and <workdir>/siglip.json.
 
-Training reads them straight onto its devices (trainers/state/restoring.py); this is for all else.
+Training reads them straight onto its devices (trainers/state/restoring.py); all else reads them
+with this module.
 """
 
+import dataclasses
 import pathlib
 from typing import Any
 
 import numpy as np
 
+from base.words import one_line
 from siglip.checkpoints import spec
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files.lazy_array import of_array
-from siglip.checkpoints.weights import Weights, unstack
+from siglip.checkpoints.spec import Spec
+from siglip.checkpoints.weights import Weights, split, unstack
 
 FOLDER = "checkpoints"  # in the workdir
 
@@ -26,10 +30,13 @@ def steps_on_disk(root: pathlib.Path) -> list[int]:
 
 
 def locate(path: str | pathlib.Path, *, key: str = "checkpoint") -> pathlib.Path:
-    """The step directory that `path` means: itself, or the newest of a workdir.
+    """The step directory that `path` names: itself, or the newest one of a workdir.
+
+    Args:
+      key: the name of the setting that holds the path, for the message.
 
     Raises:
-      CheckpointError: there is none; `key` says in the message where the path was given.
+      CheckpointError: there is no step.
     """
     given = pathlib.Path(path).absolute()
     if given.name.isdecimal() and (given / "state").is_dir():
@@ -54,10 +61,24 @@ def is_one(path: pathlib.Path) -> bool:
 
 
 def read(path: pathlib.Path) -> Weights:
-    """The parameters of one step, without the optimizer's state.
+    """The towers of one step, with a note on other subtrees of its parameters, which are left.
 
     Raises:
-      CheckpointError: there is none, it is damaged, or the run has never said what it is.
+      CheckpointError: there is no step, it is damaged, or the workdir has no siglip.json.
+    """
+    contract = read_contract(path)
+    step = locate(path)
+    arrays = {name: of_array(array, f"{step}: {name}") for name, array in _restore(step).items()}
+    weights, notes = split(Weights(unstack(arrays), contract, str(step), "workdir"))
+    weights.check()
+    return dataclasses.replace(weights, notes=notes)
+
+
+def read_contract(path: pathlib.Path) -> Spec:
+    """The contract of a run, from its siglip.json.
+
+    Raises:
+      CheckpointError: there is no step, or the workdir has no siglip.json.
     """
     step = locate(path)
     file = step.parents[1] / spec.FILE
@@ -66,13 +87,7 @@ def read(path: pathlib.Path) -> Weights:
             f"{file} is not there, which says what the model is; `python main.py --workdir "
             f"{step.parents[1]} --eval_only` writes it"
         )
-    made = spec.load(file)
-    arrays = _restore(step)
-    leaves = {name: of_array(array, f"{step}: {name}") for name, array in arrays.items()}
-    leaves = unstack(leaves)
-    weights = Weights(leaves, made, str(step), "workdir")
-    weights.check()
-    return weights
+    return spec.load(file)
 
 
 def _restore(step: pathlib.Path) -> dict[str, np.ndarray]:
@@ -93,7 +108,7 @@ def _restore(step: pathlib.Path) -> dict[str, np.ndarray]:
     except (MemoryError, PermissionError):
         raise
     except Exception as error:  # whatever broken files raise in Orbax
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise CheckpointError(f"checkpoint {step} cannot be read: {told}") from error
+        message = one_line(f"{type(error).__name__}: {error}")[:200]
+        raise CheckpointError(f"checkpoint {step} cannot be read: {message}") from error
     flat = jax.tree_util.tree_leaves_with_path(restored)
     return {"/".join(str(k.key) for k in path): np.asarray(array) for path, array in flat}

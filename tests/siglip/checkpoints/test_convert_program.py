@@ -42,7 +42,7 @@ def test_it_writes_reads_again_and_reports_every_array(source, tmp_path, capsys)
     assert (code, err) == (0, [])
     again = checkpoints.read(tmp_path / "hf")
     assert arrays(again) == arrays(tiny()) and again.format == "huggingface"
-    count = len(again.leaves)
+    count = len(again.arrays)
     assert re.fullmatch(
         r"vision_model\.embeddings\.patch_embedding\.weight +float32\[32, 3, 16, 16\] +"
         r"source\.npz: params/img/embedding/kernel",
@@ -65,7 +65,7 @@ def test_the_ending_chooses_the_format_and_flags_change_the_model(source, tmp_pa
     assert run(capsys, *argv)[0] == 0
     made = checkpoints.read(tmp_path / "b.npz")
     assert made.format == "big_vision" and (made.spec.res, made.spec.token_len) == (48, 20)
-    assert {str(leaf.dtype) for leaf in made.leaves.values()} == {"bfloat16"}
+    assert {str(leaf.dtype) for leaf in made.arrays.values()} == {"bfloat16"}
     with np.load(tmp_path / "b.npz") as there:
         assert "params/img/Transformer/encoderblock/LayerNorm_0/scale" in there.files
     assert run(capsys, source, tmp_path / "oc", "--format", "open_clip")[0] == 0
@@ -156,21 +156,21 @@ def test_what_was_not_written_as_it_was_is_found(damage, source, tmp_path, capsy
     """One array of the target is another than the source's."""
 
     def broken(weights, path, **options):
-        leaves, name = dict(weights.leaves), "txt/Encoder_0/encoder_norm/bias"
+        leaves, name = dict(weights.arrays), "txt/Encoder_0/encoder_norm/bias"
         array = np.array(leaves[name].read())
         if damage == "type":
             array = array.astype(np.float64)
         else:
             array[3] = -0.0 if damage == "sign of zero" else array[3] + 1e-7
         leaves[name] = of_array(array)
-        big_vision.write(dataclasses.replace(weights, leaves=leaves), path, **options)
+        return big_vision.write(dataclasses.replace(weights, arrays=leaves), path, **options)
 
     if damage == "sign of zero":
-        leaves = dict(tiny().leaves)
+        leaves = dict(tiny().arrays)
         zero = np.zeros(32, np.float32)
         leaves["txt/Encoder_0/encoder_norm/bias"] = of_array(zero)
         source = tmp_path / "zero.npz"
-        big_vision.write(dataclasses.replace(tiny(), leaves=leaves), source)
+        big_vision.write(dataclasses.replace(tiny(), arrays=leaves), source)
     monkeypatch.setitem(checkpoints.FORMATS, "big_vision", broken)
     code, _, err = run(capsys, source, tmp_path / "dst.npz", "--quiet")
     assert code == 2 and len(err) == 1
@@ -193,9 +193,9 @@ def test_an_image_tower_is_taken_from_another_model(tmp_path):
     )
     image, target = tiny(), tmp_path / "joined"
     joined = convert.with_image_tower(text, image)
-    for name, leaf in joined.leaves.items():
+    for name, leaf in joined.arrays.items():
         source = image if name.startswith("img/") else text
-        assert leaf.read().tobytes() == source.leaves[name].read().tobytes(), name
+        assert leaf.read().tobytes() == source.arrays[name].read().tobytes(), name
     assert joined.spec.img == image.spec.img and joined.spec.res == image.spec.res
     checkpoints.write(joined, target, "huggingface")
     wide = tiny(img={**TINY.img, "width": 48, "num_heads": 3}, txt={**TINY.txt, "out_dim": 48})

@@ -9,7 +9,7 @@ from tiny_models import TINY, arrays, files, one_line, tiny, without_paths
 
 from siglip import checkpoints
 from siglip.checkpoints import CheckpointError, adapt, weights
-from siglip.checkpoints.files.lazy_array import Leaf, of_array
+from siglip.checkpoints.files.lazy_array import LazyArray, of_array
 from siglip.presets import PRESETS
 
 WRITTEN = {
@@ -44,7 +44,7 @@ def test_every_format_gives_back_the_model_to_the_bit(way, dtype, tmp_path):
     given = adapt.cast(tiny(), dtype)
     again = there_and_back(given, tmp_path, way)
     assert arrays(again) == arrays(given)
-    assert {str(leaf.dtype) for leaf in again.leaves.values()} == {dtype}
+    assert {str(leaf.dtype) for leaf in again.arrays.values()} == {dtype}
     assert without_paths(again.spec) == without_paths(given.spec)
 
 
@@ -60,11 +60,11 @@ def test_small_released_models_come_back_to_the_bit(name, way, tmp_path):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_small_model_has_the_inputs_of_the_released_one(name):
     made, preset = checkpoints.read(f"random:{name}:small"), PRESETS[name]
-    assert made.leaves["txt/Embed_0/embedding"].shape == (preset.vocab_size, 32)
-    assert made.leaves["txt/pos_embedding"].shape == (1, preset.token_len, 32)
+    assert made.arrays["txt/Embed_0/embedding"].shape == (preset.vocab_size, 32)
+    assert made.arrays["txt/pos_embedding"].shape == (1, preset.token_len, 32)
     grid = (preset.grid,) * 2 if preset.naflex else (1, preset.grid**2)
-    assert made.leaves["img/pos_embedding"].shape == (*grid, 32)
-    assert ("txt/head/kernel" in made.leaves) == preset.text_head
+    assert made.arrays["img/pos_embedding"].shape == (*grid, 32)
+    assert ("txt/head/kernel" in made.arrays) == preset.text_head
     assert (made.spec.pad_id, made.spec.image) == (preset.pad_id, preset.image)
 
 
@@ -148,7 +148,7 @@ def test_a_stacked_array_is_read_once_for_all_its_layers_and_let_go():
         reads.append(1)
         return np.arange(6.0).reshape(3, 2)
 
-    leaf = Leaf((3, 2), np.dtype(np.float64), "a", read)
+    leaf = LazyArray((3, 2), np.dtype(np.float64), "a", read)
     layers = weights.unstack({"e/encoderblock/b": leaf})
     for round in (1, 2):
         rows = [layers[f"e/encoderblock_{i}/b"].read().tolist() for i in range(3)]
@@ -193,7 +193,7 @@ def test_a_tree_nests_the_arrays_as_float32_or_as_they_are_and_stacks_for_scan()
 
 def test_one_tower_has_its_own_arrays_and_no_temperature():
     alone = tiny().only("txt")
-    assert all(name.startswith("txt/") for name in alone.leaves)
+    assert all(name.startswith("txt/") for name in alone.arrays)
     assert alone.spec.img is None and not alone.spec.bias
     alone.check()
     with pytest.raises(CheckpointError, match="holds no tower 'img'"):

@@ -29,7 +29,7 @@ def tiny(**changes) -> Weights:
 def arrays(weights: Weights) -> dict[str, tuple]:
     """Everything of the arrays, to compare to the bit."""
     made = {}
-    for name, leaf in weights.leaves.items():
+    for name, leaf in weights.arrays.items():
         array = leaf.read()
         assert (array.shape, array.dtype) == (leaf.shape, leaf.dtype), name
         made[name] = (str(array.dtype), array.shape, np.ascontiguousarray(array).tobytes())

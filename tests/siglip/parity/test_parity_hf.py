@@ -179,7 +179,7 @@ def test_a_folder_that_transformers_saved_says_here_what_it_says_there(peer, tmp
     assert weights.format == "huggingface"
     assert weights.spec.make_model() == spec.make_model()
     for name, value in (("t", T_PRIME), ("b", B)):
-        np.testing.assert_array_equal(weights.leaves[name].read(), np.float32([value]))
+        np.testing.assert_array_equal(weights.arrays[name].read(), np.float32([value]))
     ours, theirs = embed(weights, image, text), np.load(out)
     for what, tolerance in TOLERANCE.items():
         assert difference(ours[what], theirs[what]) < tolerance, what

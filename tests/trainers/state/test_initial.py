@@ -91,7 +91,7 @@ def test_the_way_through_hugging_face_loses_nothing(tiny, runs, folder):
     for other in (folder, back):
         assert_equal(params[str(runs[False])], params[str(other)])
     # And that is what lies there, biases too.
-    there = {n: leaf.read() for n, leaf in checkpoints.read(runs[False]).leaves.items()}
+    there = {n: leaf.read() for n, leaf in checkpoints.read(runs[False]).arrays.items()}
     assert_equal(params[str(runs[False])], there)
     assert np.abs(there["img/embedding/bias"]).max() > 0
     assert checkpoints.read(folder).spec == checkpoints.read(runs[False]).spec

@@ -20,7 +20,7 @@ import pytest
 
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files import npz_file
-from siglip.checkpoints.files.lazy_array import Leaf, of_array
+from siglip.checkpoints.files.lazy_array import LazyArray, of_array
 
 BF16 = ml_dtypes.bfloat16
 
@@ -37,7 +37,7 @@ def mixture() -> dict[str, np.ndarray]:
     return arrays | {"yes": np.array([True, False, True])}
 
 
-def assert_same(read: dict[str, Leaf], arrays: dict[str, np.ndarray]) -> None:
+def assert_same(read: dict[str, LazyArray], arrays: dict[str, np.ndarray]) -> None:
     assert list(read) == list(arrays)
     for name, array in arrays.items():
         native = array.dtype.newbyteorder("=")
@@ -165,7 +165,7 @@ def test_many_threads_read_the_right_arrays(tmp_path):
 
 
 def test_one_array_at_a_time_is_in_memory(tmp_path):
-    one = Leaf((500_000,), np.dtype("f4"), "memory", lambda: np.ones(500_000, np.float32))
+    one = LazyArray((500_000,), np.dtype("f4"), "memory", lambda: np.ones(500_000, np.float32))
     tracemalloc.start()
     try:
         npz_file.write(tmp_path / "x.npz", ((f"{i}", one) for i in range(8)))
@@ -187,8 +187,11 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
     good = of_array(np.zeros(3))
     for bad, says in (
-        (("b", Leaf((3,), np.dtype("f8"), "b", fail)), "lost on the way"),
-        (("b", Leaf((3,), np.dtype("f8"), "b", lambda: np.zeros(1))), "b was said to be float64"),
+        (("b", LazyArray((3,), np.dtype("f8"), "b", fail)), "lost on the way"),
+        (
+            ("b", LazyArray((3,), np.dtype("f8"), "b", lambda: np.zeros(1))),
+            "b was said to be float64",
+        ),
         (("a", good), "is given two arrays 'a'"),
         (("b\n", good), "does not print"),
         (("b", of_array(np.array([None]))), "object has no place"),

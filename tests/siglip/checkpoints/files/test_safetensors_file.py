@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files import array_file, npz_file, safetensors_file
-from siglip.checkpoints.files.lazy_array import Leaf, of_array
+from siglip.checkpoints.files.lazy_array import LazyArray, of_array
 
 BF16 = ml_dtypes.bfloat16
 
@@ -32,11 +32,11 @@ def mixture() -> dict[str, np.ndarray]:
     return arrays | {"yes": np.array([True, False, True])}
 
 
-def leaves(arrays: dict[str, np.ndarray]) -> dict[str, Leaf]:
+def leaves(arrays: dict[str, np.ndarray]) -> dict[str, LazyArray]:
     return {name: of_array(array) for name, array in arrays.items()}
 
 
-def assert_same(read: dict[str, Leaf], arrays: dict[str, np.ndarray]) -> None:
+def assert_same(read: dict[str, LazyArray], arrays: dict[str, np.ndarray]) -> None:
     assert set(read) == set(arrays)
     for name, array in arrays.items():
         got = read[name].read()
@@ -107,7 +107,9 @@ def test_any_layout_in_memory_gives_the_same_file(tmp_path, monkeypatch, dtype):
 
 def test_one_array_at_a_time_is_in_memory(tmp_path):
     big = {
-        f"{i}": Leaf((500_000,), np.dtype("f4"), "memory", lambda: np.ones(500_000, np.float32))
+        f"{i}": LazyArray(
+            (500_000,), np.dtype("f4"), "memory", lambda: np.ones(500_000, np.float32)
+        )
         for i in range(8)
     }
     tracemalloc.start()
@@ -129,14 +131,14 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     def fail() -> np.ndarray:
         raise CheckpointError("lost on the way")
 
-    broken = {"a": of_array(np.zeros(3)), "b": Leaf((3,), np.dtype("f8"), "b", fail)}
+    broken = {"a": of_array(np.zeros(3)), "b": LazyArray((3,), np.dtype("f8"), "b", fail)}
     with pytest.raises(CheckpointError, match="lost on the way"):
         safetensors_file.write(path, broken, {})
     with pytest.raises(
         CheckpointError, match=r"b was said to be float64\[3\], but is float64\[1\]"
     ):
         safetensors_file.write(
-            path, {"b": Leaf((3,), np.dtype("f8"), "b", lambda: np.zeros(1))}, {}
+            path, {"b": LazyArray((3,), np.dtype("f8"), "b", lambda: np.zeros(1))}, {}
         )
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["model.safetensors"]

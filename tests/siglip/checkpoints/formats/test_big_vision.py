@@ -20,7 +20,7 @@ def numpy_arrays(stacked=()):
     """By name; layers of the towers in `stacked` in one array."""
     leaves = {}
     for tower in ("img", "txt", "t", "b"):
-        part = {n: leaf for n, leaf in GIVEN.leaves.items() if n.split("/")[0] == tower}
+        part = {n: leaf for n, leaf in GIVEN.arrays.items() if n.split("/")[0] == tower}
         leaves |= stack(part) if tower in stacked else part
     return {name: leaf.read() for name, leaf in leaves.items()}
 
@@ -49,7 +49,7 @@ def test_optimizer_state_and_counters_are_left_alone(tmp_path):
 def test_two_byte_void_is_bfloat16(tmp_path):
     half = {n: x.astype(ml_dtypes.bfloat16) for n, x in numpy_arrays().items()}
     path = save(tmp_path / "a.npz", {n: x.view("V2") for n, x in half.items()})
-    for name, leaf in checkpoints.read(path).leaves.items():
+    for name, leaf in checkpoints.read(path).arrays.items():
         assert leaf.read().dtype == ml_dtypes.bfloat16
         assert leaf.read().tobytes() == half[name].tobytes()
 
@@ -58,7 +58,7 @@ def test_a_file_without_b_is_a_model_without_a_bias(tmp_path):
     found = numpy_arrays()
     del found["b"]
     read = checkpoints.read(save(tmp_path / "a.npz", found))
-    assert not read.spec.bias and "b" not in read.leaves
+    assert not read.spec.bias and "b" not in read.arrays
 
 
 def test_the_image_tower_alone_is_read(tmp_path):
@@ -103,7 +103,7 @@ def test_stacked_files_have_an_array_for_each_kind_of_layer(tmp_path):
     with np.load(tmp_path / "a.npz") as there:
         names = set(there.files)
         block = there["params/img/Transformer/encoderblock/LayerNorm_0/scale"]
-    assert names == {f"params/{n}" for n in stack(GIVEN.leaves)} and block.shape == (3, 32)
+    assert names == {f"params/{n}" for n in stack(GIVEN.arrays)} and block.shape == (3, 32)
 
 
 def test_the_tokenizer_lies_beside_the_file(tmp_path):

@@ -17,8 +17,8 @@ from input_pipeline.transforms.tokenizer import TOKENIZERS
 from siglip import checkpoints
 from siglip.checkpoints import CheckpointError, spec
 from siglip.checkpoints.files import safetensors_file
-from siglip.checkpoints.files.lazy_array import Leaf, of_array
-from siglip.checkpoints.formats import huggingface, sentencepiece_json
+from siglip.checkpoints.files.lazy_array import LazyArray, of_array
+from siglip.checkpoints.formats import hf_config, huggingface, names, sentencepiece_json
 from siglip.presets import PRESETS
 
 GIVEN = tiny()
@@ -60,7 +60,7 @@ def released_folder(preset, folder):
     """What the Hub has of it but the arrays, with the defaults of transformers left out."""
     made = spec.of_preset(preset)
     full = {**made.txt, "out_dim": preset.out_dim}
-    config = huggingface.config_of(dataclasses.replace(made, txt=full), "float32")
+    config = hf_config.config_of(dataclasses.replace(made, txt=full), "float32")
     known = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072}
     known |= {"num_attention_heads": 12, "hidden_act": "gelu_pytorch_tanh"}
     known |= {"layer_norm_eps": 1e-6, "attention_dropout": 0.0, "vision_use_head": True}
@@ -91,13 +91,13 @@ def test_a_released_model_is_known_by_its_config_alone(name, tmp_path, monkeypat
 
     shapes = full.shapes()
     theirs = {
-        e.theirs: Leaf(huggingface.names.their_shape(e, shapes), np.dtype("f4"), "", unread)
-        for e in huggingface.names.huggingface(shapes)
+        e.theirs: LazyArray(names.their_shape(e, shapes), np.dtype("f4"), "", unread)
+        for e in names.huggingface(shapes)
     }
     monkeypatch.setattr(safetensors_file, "read_folder", lambda folder: theirs)
     read = checkpoints.read(tmp_path / "hf")
     assert read.spec == full
-    assert {n: leaf.shape for n, leaf in read.leaves.items()} == shapes
+    assert {n: leaf.shape for n, leaf in read.arrays.items()} == shapes
     assert read.parameters >= preset.parameters
 
 
@@ -223,8 +223,8 @@ def test_a_head_or_bias_that_was_filled_in_and_then_trained_is_kept(tmp_path):
         rewrite(tmp_path / "hf", change)
     read = checkpoints.read(tmp_path / "hf")
     assert read.spec.bias and read.spec.txt["out_dim"] == 32
-    assert read.leaves["b"].read().tolist() == [1]
-    np.testing.assert_array_equal(read.leaves["txt/head/kernel"].read(), np.eye(32))
+    assert read.arrays["b"].read().tolist() == [1]
+    np.testing.assert_array_equal(read.arrays["txt/head/kernel"].read(), np.eye(32))
 
 
 # What transformers reads of a folder

@@ -9,7 +9,7 @@ from tiny_models import arrays, one_line, tiny
 from siglip import checkpoints
 from siglip.checkpoints import CheckpointError, spec
 from siglip.checkpoints.files import safetensors_file
-from siglip.checkpoints.files.lazy_array import Leaf, of_array
+from siglip.checkpoints.files.lazy_array import LazyArray, of_array
 from siglip.checkpoints.formats import names, open_clip_format
 from siglip.presets import PRESETS
 
@@ -67,7 +67,7 @@ def test_a_released_model_is_known_by_its_arrays_and_config(name, tmp_path, monk
         raise AssertionError("nothing may be read before it is asked for")
 
     theirs = {
-        e.theirs: Leaf(names.their_shape(e, shapes), np.dtype("f4"), "", unread)
+        e.theirs: LazyArray(names.their_shape(e, shapes), np.dtype("f4"), "", unread)
         for e in names.open_clip(shapes)
     }
     monkeypatch.setattr(safetensors_file, "read", lambda file: theirs)
@@ -77,7 +77,7 @@ def test_a_released_model_is_known_by_its_arrays_and_config(name, tmp_path, monk
     (tmp_path / open_clip_format.MODEL).write_bytes(b"")
     read = checkpoints.read(tmp_path)
     assert read.spec == made
-    assert {n: leaf.shape for n, leaf in read.leaves.items()} == shapes
+    assert {n: leaf.shape for n, leaf in read.arrays.items()} == shapes
 
 
 def test_without_the_config_heads_are_those_of_the_variant_or_asked_for(folder, monkeypatch):
