@@ -100,7 +100,7 @@ def out_of_memory(config: Any, error: Exception) -> str:
 
 def run(flags: argparse.Namespace, rest: list[str]) -> int:
     # Imports take seconds, so they stand where they are first needed.
-    from trainers.config.complete import UserError
+    from base.errors import UserError
     from trainers.machine import distributed
 
     try:
@@ -112,8 +112,10 @@ def run(flags: argparse.Namespace, rest: list[str]) -> int:
     import jax
 
     import trainers
-    from trainers.loop import Diverged, Interrupted, SaveError
+    from trainers.health import Diverged
     from trainers.machine.host_memory import keep_freed_memory
+    from trainers.machine.preemption import Interrupted
+    from trainers.state.checkpointing import SaveError
 
     keep_freed_memory()
     try:
@@ -142,19 +144,19 @@ def checked(flags: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     """The config, which fits the workdir, and the other processes; UserError before any work."""
     import jax
 
-    from trainers.config import complete as configs
-    from trainers.config.complete import UserError
+    from base.errors import UserError
+    from trainers.config import complete, stored
     from trainers.machine import compilation, distributed
 
-    overrides, rest = configs.split_overrides(rest)
+    overrides, rest = complete.split_overrides(rest)
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; settings are --config.key=value")
     config: Any = (
-        configs.load(flags.config, overrides)
+        complete.load(flags.config, overrides)
         if flags.config
-        else configs.read(flags.workdir, overrides)
+        else stored.read(flags.workdir, overrides)
     )
-    configs.check_workdir(config, flags.workdir)
+    stored.check_workdir(config, flags.workdir)
     decision = distributed.decide(
         os.environ,
         mode=flags.distributed,

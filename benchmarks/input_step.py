@@ -21,7 +21,7 @@ from input_pipeline.loader import train_batches
 from input_pipeline.transforms.preprocess import make_preprocess
 from input_pipeline.transforms.tokenizer import Bytes
 from siglip.sharding import to_device
-from trainers.loop import AHEAD
+from trainers.loop import IN_FLIGHT
 
 SOURCE = "webdataset"
 UNTIMED = 2  # steps: the first batch comes, then threads work ahead as they do later
@@ -101,7 +101,7 @@ class Fed:
             batch = to_device({key: batch[key] for key in ours.host}, ours.mesh)
             ours.state, ours.tally, metrics = ours.update(ours.state, ours.tally, batch)
             in_flight.append(metrics["loss"])
-            if len(in_flight) > AHEAD:
+            if len(in_flight) > IN_FLIGHT:
                 jax.block_until_ready(in_flight.popleft())
         jax.block_until_ready(ours.state)
         return (time.monotonic() - begin) / steps, waited / steps

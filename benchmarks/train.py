@@ -55,7 +55,8 @@ def make_parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     """Does what the command line says; the exit code."""
-    from trainers.config.complete import UserError, split_overrides
+    from base.errors import UserError
+    from trainers.config.complete import split_overrides
 
     overrides, rest = split_overrides(argv)
     flags = make_parser().parse_args(rest)
@@ -131,10 +132,10 @@ def from_config(
 ) -> Case:
     """The towers, resolution, text length and (by default) batch and precision of a config."""
     from input_pipeline.transforms.tokenizer import TOKENIZERS
-    from trainers.config import complete as configs
-    from trainers.setup import chosen, without
+    from trainers.config import complete
+    from trainers.data import chosen, without
 
-    config: Any = configs.load(flag, overrides)
+    config: Any = complete.load(flag, overrides)
     model = without(config.model)
     if not model["txt"].get("vocab_size"):
         model["txt"]["vocab_size"] = chosen(TOKENIZERS, config.input.tokenizer).vocab_size

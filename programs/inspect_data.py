@@ -51,15 +51,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Does what the command line says; the exit code."""
-    from trainers.config import complete as configs
+    from trainers.config import complete
 
     try:
-        overrides, rest = configs.split_overrides(argv)
+        overrides, rest = complete.split_overrides(argv)
         flags = _parse(rest)
         for name, least in (("step", 0), ("batches", 1)):
             if getattr(flags, name) < least:
                 raise UserError(f"--{name}={getattr(flags, name)} must be at least {least}")
-        _show(configs.load(flags.config, overrides), flags)
+        _show(complete.load(flags.config, overrides), flags)
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
@@ -69,9 +69,9 @@ def main(argv: list[str]) -> int:
 
 
 def _show(config: Any, flags: argparse.Namespace) -> None:
-    from trainers import setup
+    from trainers import data
 
-    preprocess, source = setup.make_input(config), setup.make_source(config)
+    preprocess, source = data.make_input(config), data.make_source(config)
     whole = config.input.batch_size
     if whole < 1:
         raise UserError(f"config.input.batch_size={whole} must be at least 1")

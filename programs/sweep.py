@@ -22,7 +22,7 @@ from base.errors import UserError
 from base.words import nearest
 from programs import sweep_report
 from programs.sweep_report import Row
-from trainers.config import complete as configs
+from trainers.config import complete, stored
 from trainers.config.file import split_list
 
 MAIN = pathlib.Path(__file__).resolve().parents[1] / "main.py"
@@ -72,9 +72,9 @@ class Run:
         return {f"{e}/{m}": numbers for e, ms in nested.items() for m, numbers in ms.items()}
 
     def is_finished(self) -> bool:
-        files = ("results.json", configs.CONFIG_FILE)
+        files = ("results.json", stored.CONFIG_FILE)
         exist = all((self.workdir / file).exists() for file in files)
-        return exist and not configs.differences(self.config, self.workdir)
+        return exist and not stored.differences(self.config, self.workdir)
 
 
 def make_runs(
@@ -95,8 +95,8 @@ def make_runs(
         swept = tuple(zip(grid, texts))
         overrides = (*fixed, *swept)
         name = re.sub(r"[^\w.,=+-]", "_", ",".join(f"{key}={text}" for key, text in swept))
-        run = Run(swept, overrides, configs.load(config_flag, overrides), workdir / name)
-        configs.check_workdir(run.config, run.workdir)
+        run = Run(swept, overrides, complete.load(config_flag, overrides), workdir / name)
+        stored.check_workdir(run.config, run.workdir)
         evals = list(run.config.to_dict()["evals"])
         if metric and metric.partition("/")[0] not in evals:
             raise UserError(
@@ -218,7 +218,7 @@ def make_parser() -> Parser:
 
 def main(argv: list[str], main_py: pathlib.Path = MAIN) -> int:
     """Does what the command line says; the exit code. A mistake of the user is one line."""
-    fixed, rest = configs.split_overrides(argv)
+    fixed, rest = complete.split_overrides(argv)
     flags = make_parser().parse_args(rest)
     try:
         grid = parse_grid(flags.grid)

@@ -1,15 +1,15 @@
-"""Training: one loop, the contrastive update step, and what surrounds them."""
+"""Training: one loop, the update step, and what surrounds them."""
 
 
 def train(config, workdir):
-    """See loop.train."""
+    """Trains what the config says: see loop.train."""
     from trainers import loop
 
     return loop.train(config, workdir)
 
 
 def evaluate(config, workdir):
-    """See loop.evaluate."""
-    from trainers import loop
+    """Evaluates what the workdir holds: see evaluation.evaluate."""
+    from trainers import evaluation
 
-    return loop.evaluate(config, workdir)
+    return evaluation.evaluate(config, workdir)

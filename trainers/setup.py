@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import inspect
-import zlib
 from typing import Any
 
 import jax
@@ -13,13 +12,8 @@ from absl import logging
 from base.errors import UserError
 from evaluators import EVALUATORS
 from evaluators.strict_source import Whole
-from input_pipeline.bad_examples import BadExamples
-from input_pipeline.mixture import Languages, Mixture, languages_of
-from input_pipeline.order import order_of
 from input_pipeline.sources.registry import SOURCES
-from input_pipeline.transforms.corrupt import Corruption
-from input_pipeline.transforms.preprocess import Preprocess, make_preprocess
-from input_pipeline.transforms.tokenizer import TOKENIZERS
+from input_pipeline.transforms.preprocess import Preprocess
 from siglip.checkpoints.spec import is_mc4
 from siglip.losses import LOSSES, exchange
 from siglip.losses.definitions import Loss
@@ -28,7 +22,7 @@ from siglip.sharding import make_mesh, params_sharding
 from siglip.towers.precomputed import Precomputed
 from siglip.towers.two_towers import TwoTowers, make_model
 from siglip.towers.vit import Patches, images_of
-from trainers.config import durations
+from trainers.data import chosen, make_input, without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,76 +120,6 @@ def _check_images(preprocess: Preprocess, img: Any) -> None:
         )
 
 
-def make_input(config: Any) -> Preprocess:
-    """The preprocessing of config.input."""
-    tokenizer = chosen(TOKENIZERS, config.input.tokenizer)
-    return make_preprocess(tokenizer, **without(config.input, *INPUT_KEYS))
-
-
-MIXTURE = "mixture"  # as input.source.name: the sources of input.mixture
-
-# The keys of config.input that are not options of make_preprocess.
-INPUT_KEYS = (
-    "batch_size",
-    "microbatch",
-    "source",
-    "mixture",
-    "language_temperature",
-    "corrupt",
-    "tokenizer",
-    "num_threads",
-    "prefetch",
-    "max_bad_fraction",
-)
-
-
-def make_source(config: Any) -> Any:
-    """What config.input.source, mixture and language_temperature say to train on.
-
-    Raises:
-      UserError: they do not fit each other, or a source cannot be opened.
-    """
-    block = config.input
-    named, temperature = block.source.name == MIXTURE, block.language_temperature
-    if named != bool(block.mixture):
-        raise UserError(
-            "config.input.mixture and config.input.source.name='mixture' go together: the one "
-            "holds the sources, the other says to use them"
-        )
-    if not named:
-        source = chosen(SOURCES, block.source)
-        _check_damage({"the source": source}, block.max_bad_fraction)
-        return source if temperature is None else Languages(source, temperature)
-    parts = {
-        name: SOURCES[part.name](**without(part, "name", "weight"))
-        for name, part in block.mixture.items()
-    }
-    _check_damage(parts, block.max_bad_fraction)
-    if temperature is not None:
-        balanced = [name for name, part in parts.items() if languages_of(part)]
-        if not balanced:
-            Languages(next(iter(parts.values())), temperature)  # says what is missing
-        if others := sorted(parts.keys() - balanced):
-            logging.warning("languages: %s of the mixture know none", ", ".join(others))
-        parts |= {name: Languages(parts[name], temperature) for name in balanced}
-    return Mixture(parts, tuple(part.weight for part in block.mixture.values()))
-
-
-def _check_damage(sources: dict[str, Any], allowed: float) -> None:
-    """What sources have left out when they were opened counts as bad examples do."""
-    for name, source in sources.items():
-        damage = getattr(source, "damage", {})
-        if not damage:
-            continue
-        bad, total = BadExamples(), sum(damage.values())
-        for (kind, shard), count in damage.items():
-            bad.add(kind, shard, count)
-        told = f"{total} samples of {name} are left out, {len(source)} are not: {bad.worst()}"
-        if total > allowed * (len(source) + total):
-            raise UserError(f"{told}; more than config.input.max_bad_fraction={allowed}")
-        logging.warning("%s", told)
-
-
 def initial_bias(config: Any) -> float | None:
     """config.model.b_init, where 'auto' is the bias at which the sigmoid is the share of positives
     among the pairs of a batch."""
@@ -248,92 +172,6 @@ def describe_loss(setup: Setup) -> str:
     return f"{config.loss.name}{told}, exchange {choice.name} ({choice.why})"
 
 
-LEAST = {
-    "seed": 0,
-    "log_every": 1,
-    "input.microbatch": 0,
-    "input.num_threads": 0,
-    "input.prefetch": 1,
-}
-
-
-def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError for a number out of range, or a batch that the devices do not divide."""
-    for key, least in LEAST.items():
-        block, _, name = key.rpartition(".")
-        value = (config[block] if block else config)[name]
-        if value < least:
-            raise UserError(f"config.{key}={value} must be at least {least}")
-    Corruption(config.input.corrupt, seed=0, batch_size=1)  # its mistakes, before any work
-    if not 0 <= config.input.max_bad_fraction < 1:
-        raise UserError(
-            f"config.input.max_bad_fraction={config.input.max_bad_fraction} must be from 0 to 1, "
-            "as 0.01 for one in a hundred"
-        )
-    batch_size = config.input.batch_size
-    if batch_size < 1 or batch_size % mesh.size:
-        near = max(1, round(batch_size / mesh.size)) * mesh.size
-        raise UserError(
-            f"config.input.batch_size={batch_size} does not divide over {mesh.size} devices; "
-            f"the nearest that does is {near}"
-        )
-    microbatch = config.input.microbatch
-    if microbatch and (microbatch % mesh.size or batch_size % microbatch):
-        local = batch_size // mesh.size
-        fitting = [mesh.size * k for k in range(1, local + 1) if local % k == 0]
-        raise UserError(
-            f"config.input.microbatch={microbatch} must divide config.input.batch_size="
-            f"{batch_size} and be a multiple of {mesh.size} devices: one of "
-            f"{', '.join(map(str, fitting))}"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The durations of a run in steps."""
-
-    epoch: int  # examples
-    order: int  # see order_hash
-    total: int
-    save_every: int | None
-    keep_every: int | None
-    evals: dict[str, int | None]  # None: only at the end
-
-
-def order_hash(config: Any, source: Any) -> int:
-    """A number that differs where another example, or other noise, stands at some positions."""
-    order = order_of(source, config.seed)
-    places = [order[position] for position in range(0, 64 * 4099, 4099)]
-    return zlib.crc32(repr((places, config.input.corrupt)).encode())
-
-
-def make_plan(config: Any, examples_per_epoch: int, order: int = 0) -> Plan:
-    """Raises UserError for a duration that is none, or a run without steps."""
-    if examples_per_epoch < 1:
-        raise UserError("config.input.source holds no examples")
-
-    def steps(text: str, key: str, total: int | None = None) -> int | None:
-        return durations.to_steps(
-            text,
-            batch_size=config.input.batch_size,
-            examples_per_epoch=examples_per_epoch,
-            total_steps=total,
-            key=f"config.{key}",
-        )
-
-    total = steps(config.total, "total")
-    if not total:
-        raise UserError(f"config.total={config.total!r} is no step at all")
-    return Plan(
-        examples_per_epoch,
-        order,
-        total,
-        steps(config.checkpoint.every, "checkpoint.every", total),
-        steps(config.checkpoint.keep_every, "checkpoint.keep_every", total),
-        {k: steps(v.every, f"evals.{k}.every", total) for k, v in config.evals.items()},
-    )
-
-
 def sharded(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
     """Shapes with the sharding that params_sharding gives them."""
     return jax.tree.map(
@@ -341,16 +179,6 @@ def sharded(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
         abstract,
         params_sharding(abstract, mesh),
     )
-
-
-def chosen(components: dict[str, Any], block: Any) -> Any:
-    """The component that a block names, made with the block's other keys."""
-    return components[block.name](**without(block, "name"))
-
-
-def without(block: Any, *keys: str) -> dict[str, Any]:
-    """A plain dict of the block's other keys."""
-    return {k: v for k, v in block.to_dict().items() if k not in keys}
 
 
 @contextlib.contextmanager

@@ -18,8 +18,9 @@ from input_pipeline.sources.registry import SOURCES
 from siglip import presets
 from siglip.checkpoints import spec
 from siglip.towers.two_towers import make_model
-from trainers import setup
-from trainers.config import complete as configs
+from trainers import data
+from trainers.config import complete
+from trainers.plan import make_plan
 from trainers.step.rules import match_rules, path_names
 
 FOLDER = pathlib.Path(program.__file__).parent / "configs"
@@ -44,7 +45,7 @@ RECIPES = ("finetune", "unlocked", "lit", "locked_text", "longer_text")
 
 def load(name: str, arguments: str = ""):
     arguments = arguments or ARGUMENTS.get(name, "")
-    return configs.load(f"{FOLDER / name}.py" + (f":{arguments}" if arguments else ""))
+    return complete.load(f"{FOLDER / name}.py" + (f":{arguments}" if arguments else ""))
 
 
 def flat(tree: dict, prefix: str = "") -> dict:
@@ -65,7 +66,7 @@ def differences(name: str) -> dict:
 @pytest.mark.parametrize("name", FILES)
 def test_every_config_loads_and_builds_its_model(name):
     config = load(name)
-    blocks = setup.without(config.model)
+    blocks = data.without(config.model)
     blocks["txt"]["vocab_size"] = blocks["txt"]["vocab_size"] or 260
     size = config.input.res
     image = np.zeros((1, size, size, 3), np.uint8)
@@ -75,7 +76,7 @@ def test_every_config_loads_and_builds_its_model(name):
     model = make_model(**blocks)
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     assert set(params) >= {"txt", "t"} and ("img" in params) == (name != "siglit")
-    plan = setup.make_plan(config, 10_000)
+    plan = make_plan(config, 10_000)
     assert plan.total > 0 and plan.save_every and set(plan.evals) == set(config.evals)
 
 
@@ -124,7 +125,7 @@ def test_the_reference_run_is_that_of_the_paper():
         "resume": None,
     }
     assert {key: config[key] for key in expected} == expected
-    assert setup.make_plan(load("siglip_b16"), 10**9).total == round(9e9 / 32_768)
+    assert make_plan(load("siglip_b16"), 10**9).total == round(9e9 / 32_768)
 
 
 def test_the_baseline_differs_in_the_loss_alone():
@@ -160,7 +161,7 @@ def test_the_settings_of_released_models_in_configs_are_those_of_the_table(name)
 
 
 def abstract_params(config):
-    blocks = setup.without(config.model)
+    blocks = data.without(config.model)
     blocks["txt"]["vocab_size"], size = 32, config.input.res
     inputs = np.zeros((1, size, size, 3), np.uint8), np.zeros((1, config.input.token_len), np.int32)
     return jax.eval_shape(make_model(**blocks).init, jax.random.key(0), *inputs)["params"]

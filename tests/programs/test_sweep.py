@@ -12,7 +12,7 @@ import pytest
 
 from programs import sweep, sweep_report
 from programs.sweep_report import Row
-from trainers.config import complete as configs
+from trainers.config import complete
 
 CONFIG = """\
 from ml_collections import ConfigDict
@@ -78,7 +78,7 @@ class Fake:
 
     def expect(self, *more: str) -> None:
         """Tells the fake main.py which config each folder has."""
-        fixed, rest = configs.split_overrides(self.argv(*more))
+        fixed, rest = complete.split_overrides(self.argv(*more))
         grid = sweep.parse_grid(
             [arg.removeprefix("--grid=") for arg in rest if arg.startswith("--grid")]
         )

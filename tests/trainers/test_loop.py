@@ -21,7 +21,8 @@ from input_pipeline import loader
 from input_pipeline.sources.files import Files
 from siglip import sharding
 from trainers import loop
-from trainers.config import complete as configs
+from trainers.config import stored
+from trainers.machine.preemption import Interrupted
 
 pytestmark = pytest.mark.slow  # the first run compiles everything, the others live on its cache
 
@@ -98,7 +99,7 @@ def test_a_run_that_was_stopped_four_times_is_the_one_that_was_not(
         with recording(at, happens) as batches:
             try:
                 return tiny.train(workdir)
-            except loop.Interrupted as interrupted:
+            except Interrupted as interrupted:
                 return str(interrupted)
             finally:
                 taken.extend(batches)
@@ -185,10 +186,10 @@ def begin(tiny, monkeypatch):
         pass
 
     def updates(run, update, state, batches, missed):
-        raise Enough(run.first, jax.device_get(state))
+        raise Enough(run.first_step, jax.device_get(state))
 
     def begin(workdir, **overrides):
-        monkeypatch.setattr(loop, "_updates", updates)
+        monkeypatch.setattr(loop, "make_updates", updates)
         with pytest.raises(Enough) as enough:
             tiny.train(workdir, evals="", **overrides)
         return enough.value.args
@@ -455,7 +456,7 @@ def test_files_of_a_run(tiny, whole):
     text = (whole.workdir / "parameters.txt").read_text()
     assert "| img/MAPHead_0/probe " in text and f"Total: {size:,}" in text
     assert f"model: {size:,} parameters in {len(params)} arrays" in whole.out
-    assert configs.read(whole.workdir).to_json() == tiny.load().to_json()
+    assert stored.read(whole.workdir).to_json() == tiny.load().to_json()
     (board,) = whole.workdir.glob("events.out.tfevents.*")
     for tag in (b"neg_logit_max", b"retrieval/i2t_R_10", b"img/MAPHead_0/probe"):
         assert tag in board.read_bytes()

@@ -13,8 +13,9 @@ import pytest
 import main as program
 import trainers
 from base.errors import UserError
-from trainers import loop
-from trainers.config import complete as configs
+from trainers.config import complete, stored
+from trainers.health import Diverged
+from trainers.machine.preemption import Interrupted
 
 MAIN = pathlib.Path(program.__file__)
 CONFIG = """\
@@ -60,7 +61,7 @@ def test_training_gets_the_complete_config_and_the_workdir(called, capsys):
 
 
 def test_eval_only_reads_the_config_of_the_workdir(called):
-    configs.save(configs.load("configs/tiny.py", [("seed", "7")]), "w")
+    stored.save(complete.load("configs/tiny.py", [("seed", "7")]), "w")
     assert run("--eval_only --workdir w --config.log_every=3") == program.DONE
     ((name, config, workdir),) = called
     assert (name, workdir, config.seed, config.log_every) == ("evaluate", "w", 7, 3)
@@ -71,9 +72,9 @@ def test_eval_only_reads_the_config_of_the_workdir(called):
     ("raised", "code", "told"),
     [
         (UserError("no image 'a.png' in b.zip"), 2, "error: no image 'a.png' in b.zip"),
-        (loop.Interrupted("stopped at step 3"), 85, "stopped at step 3; run the same command "),
+        (Interrupted("stopped at step 3"), 85, "stopped at step 3; run the same command "),
         (KeyboardInterrupt(), 85, "interrupted; run the same command again to go on"),
-        (loop.Diverged("loss is nan at step 3"), 87, "diverged: loss is nan at step 3"),
+        (Diverged("loss is nan at step 3"), 87, "diverged: loss is nan at step 3"),
     ],
 )
 def test_how_a_run_ends_is_an_exit_code_and_a_line(called, capsys, monkeypatch, raised, code, told):
@@ -124,7 +125,7 @@ def test_mistakes_are_one_line_with_exit_code_2_before_any_work(called, capsys, 
 
 
 def test_a_workdir_with_another_run_is_refused_before_any_work(called, capsys):
-    configs.save(configs.load("configs/tiny.py"), "w")
+    stored.save(complete.load("configs/tiny.py"), "w")
     for flag in ("", " --eval_only"):
         assert run(COMMAND + flag) == program.MISTAKE
         assert "input.batch_size: there 32, here 8" in capsys.readouterr().err
@@ -178,7 +179,7 @@ def test_as_a_program_it_trains_on_emulated_devices_and_evaluates_again(tmp_path
         results = json.loads((tmp_path / "w/results.json").read_text())
         assert results["loss"]["loss"]["value"] > 0
         (tmp_path / "w/results.json").unlink()
-    assert configs.read(tmp_path / "w").mesh.cpu_devices == 2
+    assert stored.read(tmp_path / "w").mesh.cpu_devices == 2
 
 
 @pytest.mark.slow

@@ -10,15 +10,16 @@ from base.errors import UserError
 from input_pipeline.errors import BadExample
 from input_pipeline.mixture import Mixture
 from siglip.sharding import make_mesh
-from trainers import setup
-from trainers.config import complete as configs
+from trainers import data, setup
+from trainers.config import complete
+from trainers.plan import check_batch, order_hash
 
 QUICKSTART = pathlib.Path(setup.__file__).parents[1] / "configs" / "quickstart.py"
 
 
 def load(**settings):
     overrides = [(key.replace("__", "."), str(value)) for key, value in settings.items()]
-    return configs.load(str(QUICKSTART), overrides)
+    return complete.load(str(QUICKSTART), overrides)
 
 
 @pytest.mark.parametrize(
@@ -55,10 +56,10 @@ def test_settings_that_do_not_fit_are_named(settings, message):
 
 def test_a_microbatch_divides_the_batch_and_the_devices():
     for microbatch in (8, 32, 64, 0):
-        setup.check_batch(load(input__microbatch=microbatch), make_mesh())
+        check_batch(load(input__microbatch=microbatch), make_mesh())
     for microbatch in (4, 24, 128):
         with pytest.raises(UserError, match=r"one of 8, 16, 32, 64$"):
-            setup.check_batch(load(input__microbatch=microbatch), make_mesh())
+            check_batch(load(input__microbatch=microbatch), make_mesh())
 
 
 def test_the_loss_tells_its_settings_and_the_exchange_it_chose():
@@ -79,9 +80,9 @@ def test_what_a_source_left_out_counts_as_bad_examples(allowed, refused, caplog)
 
     if refused:
         with pytest.raises(UserError, match=r"3 samples of cc12m are left out, 8 are not: a"):
-            setup._check_damage({"cc12m": Source()}, allowed)
+            data._check_damage({"cc12m": Source()}, allowed)
     else:
-        setup._check_damage({"cc12m": Source(), "other": range(3)}, allowed)
+        data._check_damage({"cc12m": Source(), "other": range(3)}, allowed)
         assert "b.tar: 1 damaged record" in caplog.text
 
 
@@ -90,7 +91,7 @@ def test_the_hash_of_an_order_changes_with_whatever_changes_the_order():
         blocks, window = np.array([0, 50, 100]), 2
 
     def hashed(source, **settings):
-        return setup.order_hash(load(**settings), source)
+        return order_hash(load(**settings), source)
 
     one = hashed(range(100))
     assert one == hashed(range(100)) == hashed(list("ab") * 50)
@@ -109,13 +110,13 @@ def test_the_hash_of_an_order_changes_with_whatever_changes_the_order():
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, 5.0, float("nan")])
 def test_a_share_of_bad_examples_is_a_share(fraction):
     with pytest.raises(UserError, match=r"max_bad_fraction=.* must be from 0 to 1"):
-        setup.check_batch(load(input__max_bad_fraction=fraction), make_mesh())
+        check_batch(load(input__max_bad_fraction=fraction), make_mesh())
 
 
 @pytest.mark.parametrize(("ids", "fits"), [(250_100, True), (250_101, False), (250_000, True)])
 def test_mc4s_tokenizer_may_have_a_hundred_ids_more_than_the_table(monkeypatch, ids, fits):
     """The multilingual models have 250,000 rows; a text with such an id is refused, not NaN."""
-    config = configs.load(f"{QUICKSTART}", [("model.txt.vocab_size", "250000")])
+    config = complete.load(f"{QUICKSTART}", [("model.txt.vocab_size", "250000")])
 
     class Tokenizer:
         vocab_size, eos_id = ids, 1
@@ -123,7 +124,7 @@ def test_mc4s_tokenizer_may_have_a_hundred_ids_more_than_the_table(monkeypatch, 
         def encode(self, text):
             return [250_050] if text == "extra" else [5]
 
-    monkeypatch.setitem(setup.TOKENIZERS, "bytes", Tokenizer)
+    monkeypatch.setitem(data.TOKENIZERS, "bytes", Tokenizer)
     if not fits:
         with pytest.raises(UserError, match="vocab_size is 250000, but the tokenizer has 250101"):
             setup.make_setup(config)

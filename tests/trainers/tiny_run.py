@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 
 import main as program
 from trainers import loop
-from trainers.config import complete as configs
+from trainers.config import complete
 
 MAIN = pathlib.Path(program.__file__)
 TEMPLATE = """\
@@ -87,7 +87,7 @@ class Tiny:
 
     def load(self, evals: str = "val+retrieval+zeroshot", **overrides):
         flags = [(key.replace("__", "."), str(value)) for key, value in overrides.items()]
-        return configs.load(f"{self.config}:evals={evals}", flags)
+        return complete.load(f"{self.config}:evals={evals}", flags)
 
     def train(self, workdir: pathlib.Path, **overrides) -> str:
         """What it prints."""

@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 Images = UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"]
 
 
-class Writer:
+class MetricsWriter:
     """Writes <workdir>/metrics.jsonl and event files; the methods have the names of clu's writers.
 
     metrics.jsonl has one JSON object per event, {"step": 10, "loss": 9.5, ...}, flushed at once.

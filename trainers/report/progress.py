@@ -10,7 +10,7 @@ import jax
 from trainers.report.clock import Clock
 
 
-class Progress:
+class TrainingProgress:
     """Prints the clock's line: a single updating row on a terminal, plain lines elsewhere.
 
     It goes to stderr where that is a terminal, else to stdout; with is_main False nowhere.

@@ -12,19 +12,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from base.errors import UserError
-from trainers.state.restoring import (
-    FOLDER,
-    DamagedCheckpoint,
-    Start,
-    find_start,
-    one_line,
-    read_step,
-    restore_params,
-    restore_state,
-    steps_on_disk,
-)
-
-__all__ = ["Checkpoints", "SaveError", "Start", "find_start", "restore_params", "restore_state"]
+from siglip.checkpoints.formats.workdir import FOLDER, steps_on_disk
+from trainers.state.restoring import DamagedCheckpoint, one_line, read_step
 
 
 class SaveError(RuntimeError):

@@ -13,7 +13,7 @@ from siglip.checkpoints import adapt, spec
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.formats import workdir
 from siglip.checkpoints.weights import Weights, compare, insert, stack
-from trainers import setup
+from trainers.setup import Setup
 from trainers.state.restoring import restore_params
 from trainers.step.rules import path_name
 
@@ -21,7 +21,7 @@ PARTS = ("img", "txt", "t", "b")
 
 
 def initial_params(
-    things: setup.Setup, params: PyTree, source: str | pathlib.Path
+    setup: Setup, params: PyTree, source: str | pathlib.Path
 ) -> tuple[PyTree, list[str]]:
     """The parameters to start from, and what people should know about them.
 
@@ -32,7 +32,7 @@ def initial_params(
     Raises:
       UserError: the weights cannot be read, or do not fit the model or its texts.
     """
-    config = things.config
+    config = setup.config
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
     )
@@ -45,7 +45,7 @@ def initial_params(
         if older and not config.init_only:
             return restore_params(step, abstract), []
         weights = checkpoints.read(source)
-        weights, notes = fitted(things, _taken(weights, only), only)
+        weights, notes = fitted(setup, _taken(weights, only), only)
         return _merged(weights, params, config.model.scan, only), notes
     except CheckpointError as error:
         raise UserError(f"config.init: {error}") from None
@@ -60,11 +60,9 @@ def _taken(weights: Weights, only: tuple[str, ...]) -> Weights:
     return dataclasses.replace(weights, arrays=leaves, spec=made)
 
 
-def fitted(
-    things: setup.Setup, weights: Weights, only: tuple[str, ...]
-) -> tuple[Weights, list[str]]:
+def fitted(setup: Setup, weights: Weights, only: tuple[str, ...]) -> tuple[Weights, list[str]]:
     """The weights with the positions of this run, after a check of what they expect."""
-    config, here = things.config, spec_of(things)
+    config, here = setup.config, spec_of(setup)
     made, notes = weights.spec, []
     if made.img and here.img and here.res and made.res:
         weights = _named(
@@ -119,19 +117,19 @@ def _merged(weights: Weights, params: PyTree, scan: bool, only: tuple[str, ...])
 # What this run is, for whoever reads its checkpoints
 
 
-def spec_of(things: setup.Setup) -> spec.Spec:
+def spec_of(setup: Setup) -> spec.Spec:
     """siglip.json of a run."""
-    config, preprocess = things.config, things.preprocess
+    config, preprocess = setup.config, setup.preprocess
     img, txt = (_given(config.model[tower]) for tower in ("img", "txt"))
     img.pop("drop_patches", None)  # in training only
-    txt["vocab_size"], txt["out_dim"] = things.model.txt.vocab_size, things.model.txt.out_dim or 0
+    txt["vocab_size"], txt["out_dim"] = setup.model.txt.vocab_size, setup.model.txt.out_dim or 0
     squares = img["variant"] != "precomputed" and not img.get("naflex_grid")
     # What a text of nothing becomes shows both, whatever the steps are.
     empty = preprocess.text("")
     return spec.Spec(
         img=img,
         txt=txt,
-        bias=things.model.b_init is not None,
+        bias=setup.model.b_init is not None,
         res=config.input.res if squares else None,
         token_len=config.input.token_len,
         vocab_size=preprocess.tokenizer.vocab_size,
@@ -152,10 +150,10 @@ def _program(steps: str | tuple) -> str:
     return steps if isinstance(steps, str) else " | ".join(map(str, steps))
 
 
-def save_spec(things: setup.Setup, folder: pathlib.Path) -> None:
+def save_spec(setup: Setup, folder: pathlib.Path) -> None:
     """Writes siglip.json, and the tokenizer's file beside it."""
     file = folder / spec.FILE
     try:
-        spec.save(spec.with_tokenizer_beside(spec_of(things), file), file)
+        spec.save(spec.with_tokenizer_beside(spec_of(setup), file), file)
     except (CheckpointError, OSError) as error:
         raise UserError(f"{file} cannot be written: {error}") from None

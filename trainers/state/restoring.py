@@ -5,7 +5,6 @@ arrays) and `data` (the data position, JSON). Wherever a path is taken, it is a 
 directory of one step. All processes call the functions here together.
 """
 
-import dataclasses
 import functools
 import pathlib
 import sys
@@ -18,7 +17,6 @@ from jaxtyping import PyTree
 from base.errors import UserError
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.formats import workdir as workdir_format
-from siglip.checkpoints.formats.workdir import FOLDER, steps_on_disk
 from siglip.checkpoints.weights import compare
 from trainers.step.rules import path_name
 
@@ -36,37 +34,6 @@ def _handlers() -> tuple[Any, Any]:
 
 class DamagedCheckpoint(Exception):
     """A step directory that is there but cannot be read. The message is one line."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """Where a run begins. `path` is a step directory, or config.init; None from scratch."""
-
-    kind: str  # 'workdir' | 'resume' | 'init' | 'scratch'
-    path: pathlib.Path | str | None = None  # of 'init' as config.init has it
-    step: int | None = None
-
-
-def find_start(workdir: str, resume: str | None = None, init: str | None = None) -> Start:
-    """Which checkpoint wins:
-
-    1. the newest of the workdir: the same command goes on with its own run;
-    2. config.resume: everything of another run's checkpoint (state, data position, step);
-    3. config.init: weights only, the run starts at step 0 (see initial.py);
-    4. scratch.
-
-    Raises UserError where the winner of 2 is a path without a checkpoint.
-    """
-    root = pathlib.Path(workdir).absolute() / FOLDER
-    if steps := steps_on_disk(root):
-        return Start("workdir", root / str(steps[0]), steps[0])
-    if resume:
-        found = locate(resume, key="config.resume")
-        return Start("resume", found, int(found.name))
-    if init and workdir_format.is_one(pathlib.Path(init)):
-        found = locate(init, key="config.init")
-        return Start("init", found, int(found.name))
-    return Start("init", init) if init else Start("scratch")
 
 
 def locate(path: str | pathlib.Path, *, key: str = "checkpoint") -> pathlib.Path:

@@ -12,7 +12,7 @@ from input_pipeline import loader
 from input_pipeline.sources.registry import SOURCES
 from input_pipeline.transforms.preprocess import make_preprocess
 from input_pipeline.transforms.tokenizer import Bytes
-from trainers.config import complete as configs
+from trainers.config import complete
 
 pytestmark = pytest.mark.slow
 
@@ -49,9 +49,9 @@ def converted(request, data, tmp_path_factory):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         flags = shlex.split(done.stdout.partition("train with it:")[2])
-        overrides, rest = configs.split_overrides(flags)
+        overrides, rest = complete.split_overrides(flags)
         assert not rest
-        block = configs.load(str(folder / "c.py"), overrides).input.source.to_dict()
+        block = complete.load(str(folder / "c.py"), overrides).input.source.to_dict()
         assert block.pop("name") == to
         found[to] = SOURCES[to](**block)
     name, *settings = spec

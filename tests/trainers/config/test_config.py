@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from base.errors import UserError
-from trainers.config import complete as configs
-from trainers.config.complete import Block
+from trainers.config import complete, schema, stored
+from trainers.config.schema import Block
 
 
 def make_model(
@@ -62,12 +62,12 @@ FAKES = {
     "loss": Block(
         (), "name", {"sigmoid": lambda mesh: None, "softmax": lambda mesh: None}, "sigmoid"
     ),
-    "input": Block((configs.Input,)),
+    "input": Block((schema.InputKeys,)),
     "input.source": Block((), "name", SOURCES),
     "input.tokenizer": Block((), "name", {"bytes": lambda: 0, "sentencepiece": Files}, "bytes"),
     "optimizer": Block((), "name", {"adamw": adamw, "lion": lion}, "adamw"),
     "schedule": Block((), "name", {"cosine": cosine}, "cosine"),
-    "evals.*": Block((configs.Eval,), "type", {"retrieval": Retrieval, "loss": Loss}),
+    "evals.*": Block((schema.EvalKeys,), "type", {"retrieval": Retrieval, "loss": Loss}),
     "evals.*.source": Block((), "name", SOURCES),
 }
 
@@ -97,8 +97,8 @@ def get_config(batch_size=32, lr=1e-2, variant="Ti/8", langs=("en",), runlocal=F
 def config_file(tmp_path, monkeypatch):
     """A config that is relative to the folder it is run in, as a user's is."""
     for path, block in FAKES.items():
-        monkeypatch.setitem(configs.BLOCKS, path, block)
-    monkeypatch.delitem(configs.BLOCKS, "model.txt")
+        monkeypatch.setitem(schema.BLOCKS, path, block)
+    monkeypatch.delitem(schema.BLOCKS, "model.txt")
     monkeypatch.chdir(tmp_path)
     pathlib.Path("configs").mkdir()
     pathlib.Path("configs/emoji.py").write_text(CONFIG)
@@ -115,7 +115,7 @@ def edited(config_file: str, old: str, new: str) -> str:
 
 def refused(config_flag: str, *overrides: tuple[str, str]) -> str:
     with pytest.raises(UserError) as error:
-        configs.load(config_flag, overrides)
+        complete.load(config_flag, overrides)
     line = str(error.value)
     assert "\n" not in line
     return line
@@ -125,7 +125,7 @@ def refused(config_flag: str, *overrides: tuple[str, str]) -> str:
 
 
 def test_what_the_file_leaves_out_comes_from_the_signatures(config_file):
-    config = configs.load(config_file)
+    config = complete.load(config_file)
     assert config.model.img.to_dict() == {"variant": "Ti/8", "width": None}
     assert config.model.t_init == 10.0 and config.model.scan is False
     assert config.optimizer.to_dict() == {"name": "adamw", "b1": 0.7, "b2": 0.95}
@@ -139,18 +139,18 @@ def test_what_the_file_leaves_out_comes_from_the_signatures(config_file):
 
 
 def test_a_complete_config_has_no_room_for_a_typo_in_the_program(config_file):
-    config = configs.load(config_file)
+    config = complete.load(config_file)
     with pytest.raises((AttributeError, KeyError)):
         config.learning_rate = 1.0
 
 
 def test_arguments_are_typed_by_their_defaults(config_file):
-    config = configs.load(f"{config_file}:batch_size=64,lr=1,variant=B/16,langs=(en,de),runlocal")
+    config = complete.load(f"{config_file}:batch_size=64,lr=1,variant=B/16,langs=(en,de),runlocal")
     assert config.input.batch_size == 64 and type(config.lr) is float
     assert config.model.img.variant == "B/16" and config.total == "3 steps"
     assert config.input.source.languages == ("en", "de")
-    assert configs.load(f"{config_file}:langs=(en,),runlocal=false,init=a/b").init == "a/b"
-    assert configs.load(f"{config_file}:init='a,b'").init == "a,b"  # quotes keep commas together
+    assert complete.load(f"{config_file}:langs=(en,),runlocal=false,init=a/b").init == "a/b"
+    assert complete.load(f"{config_file}:init='a,b'").init == "a,b"  # quotes keep commas together
 
 
 @pytest.mark.parametrize(
@@ -178,39 +178,39 @@ def test_arguments_are_typed_by_their_defaults(config_file):
     ],
 )
 def test_an_override_reaches_every_key_with_its_type(config_file, key, text, value):
-    node = configs.load(config_file, [(key, text)])
+    node = complete.load(config_file, [(key, text)])
     for name in key.split("."):
         node = node[name]
     assert node == value and type(node) is type(value)
 
 
 def test_the_last_override_of_a_key_wins(config_file):
-    assert configs.load(config_file, [("seed", "1"), ("seed", "2")]).seed == 2
+    assert complete.load(config_file, [("seed", "1"), ("seed", "2")]).seed == 2
 
 
 def test_another_component_starts_from_its_own_defaults(config_file):
-    config = configs.load(
+    config = complete.load(
         config_file, [("optimizer.sign_decay", "0.1"), ("optimizer.name", "lion")]
     )
     assert config.optimizer.to_dict() == {"name": "lion", "b1": 0.8, "sign_decay": 0.1}
     tokenizer = [("input.tokenizer.name", "sentencepiece"), ("input.tokenizer.path", "a.model")]
-    config = configs.load(config_file, tokenizer)
+    config = complete.load(config_file, tokenizer)
     assert config.input.tokenizer.path == "a.model"
     # What belongs to every evaluator stays, what was retrieval's goes.
-    config = configs.load(config_file, [("evals.r.type", "loss")])
+    config = complete.load(config_file, [("evals.r.type", "loss")])
     assert config.evals.r.every == "1 epoch" and config.evals.r.source.name == "emoji"
     assert config.evals.r.batch_size == 128 and "ks" not in config.evals.r
 
 
 def test_naming_the_present_component_changes_nothing(config_file):
-    assert configs.load(config_file, [("optimizer.name", "adamw")]).optimizer.b1 == 0.7
+    assert complete.load(config_file, [("optimizer.name", "adamw")]).optimizer.b1 == 0.7
 
 
 def test_the_command_line_is_split_as_config_flags_does():
     argv = (
         "--config=a.py --config.lr 0.1 --workdir w --config.b_init -10 --config.scan --noconfig.x"
     )
-    overrides, rest = configs.split_overrides([*argv.split(), "--config.t=", "--config.m=a=b c"])
+    overrides, rest = complete.split_overrides([*argv.split(), "--config.t=", "--config.m=a=b c"])
     assert rest == ["--config=a.py", "--workdir", "w"]
     assert overrides == [
         ("lr", "0.1"),
@@ -334,7 +334,7 @@ def test_a_required_key_asks_to_be_passed(config_file):
         "configs/emoji.py: input.source.data_dir must be given: pass "
         "--config.input.source.data_dir=..."
     )
-    config = configs.load(config_file, [("input.source.data_dir", "elsewhere")])
+    config = complete.load(config_file, [("input.source.data_dir", "elsewhere")])
     assert config.input.source.data_dir == "elsewhere"
 
 
@@ -354,7 +354,7 @@ def test_arguments_of_the_file_are_checked(config_file, args, told):
 def test_an_argument_without_a_default_is_asked_for(config_file):
     edited(config_file, "get_config(batch_size=32", "get_config(batch_size")
     assert refused(config_file).endswith("--config=configs/emoji.py:batch_size=...")
-    assert configs.load(f"{config_file}:batch_size=4").input.batch_size == 4
+    assert complete.load(f"{config_file}:batch_size=4").input.batch_size == 4
 
 
 @pytest.mark.parametrize("flag", ["configs/emojy.py", "configs/emoji", "emoji.py:batch_size=3"])
@@ -381,26 +381,26 @@ def test_a_mistake_in_the_file_is_told_with_its_line(config_file, bad, told):
 
 
 def test_a_saved_config_is_read_back_equal_and_can_be_overridden(config_file):
-    config = configs.load(config_file)
-    configs.save(config, "w")
-    assert configs.read("w").to_dict() == config.to_dict()
-    assert configs.read("w", [("optimizer.name", "lion")]).optimizer.b1 == 0.8
+    config = complete.load(config_file)
+    stored.save(config, "w")
+    assert stored.read("w").to_dict() == config.to_dict()
+    assert stored.read("w", [("optimizer.name", "lion")]).optimizer.b1 == 0.8
     assert [p.name for p in pathlib.Path("w").iterdir()] == ["config.json"]
 
 
 def test_reading_tells_what_is_wrong_with_the_workdir(config_file):
     with pytest.raises(UserError, match=r"^w holds no run: there is no config\.json in it$"):
-        configs.read("w")
+        stored.read("w")
     pathlib.Path("w").mkdir()
     pathlib.Path("w/config.json").write_text("{")
     with pytest.raises(UserError, match=r"^w/config\.json cannot be read: "):
-        configs.read("w")
+        stored.read("w")
 
 
 def differing(config_file, *overrides) -> str:
-    configs.save(configs.load(config_file), "w")
+    stored.save(complete.load(config_file), "w")
     try:
-        configs.check_workdir(configs.load(config_file, overrides), "w")
+        stored.check_workdir(complete.load(config_file, overrides), "w")
     except UserError as error:
         return str(error)
     return ""
@@ -439,47 +439,47 @@ def test_many_differences_are_counted(config_file):
 )
 def test_what_does_not_change_the_learning_may_differ(config_file, override):
     assert differing(config_file, override) == ""
-    config = configs.load(config_file, [override])
-    assert override[0] in [d.key for d in configs.differences(config, "w")]
+    config = complete.load(config_file, [override])
+    assert override[0] in [d.key for d in stored.differences(config, "w")]
 
 
 @pytest.mark.parametrize("override", [("log_everyx", "1"), ("input.source.split", "val")])
 def test_free_keys_are_whole_names(config_file, override):
-    assert configs.Difference(override[0], "", "").free is False
+    assert stored.Difference(override[0], "", "").free is False
 
 
 def test_a_new_workdir_and_the_same_config_pass(config_file):
-    config = configs.load(config_file)
-    configs.check_workdir(config, "new")
-    configs.save(config, "w")
-    configs.check_workdir(configs.load(config_file), "w")
-    assert configs.differences(config, "w") == []
+    config = complete.load(config_file)
+    stored.check_workdir(config, "new")
+    stored.save(config, "w")
+    stored.check_workdir(complete.load(config_file), "w")
+    assert stored.differences(config, "w") == []
 
 
 def test_a_key_that_an_older_version_did_not_have_had_its_default(config_file):
-    config = configs.load(config_file)
-    stored = config.to_dict()
-    del stored["model"]["t_init"]
+    config = complete.load(config_file)
+    older = config.to_dict()
+    del older["model"]["t_init"]
     pathlib.Path("w").mkdir()
-    pathlib.Path("w/config.json").write_text(json.dumps(stored))
-    configs.check_workdir(config, "w")
+    pathlib.Path("w/config.json").write_text(json.dumps(older))
+    stored.check_workdir(config, "w")
     with pytest.raises(UserError, match=r"model\.t_init: there 10\.0, here 11\.0"):
-        configs.check_workdir(configs.load(config_file, [("model.t_init", "11")]), "w")
+        stored.check_workdir(complete.load(config_file, [("model.t_init", "11")]), "w")
 
 
 def test_a_workdir_that_is_a_file_is_refused(config_file):
     pathlib.Path("w").write_text("")
     with pytest.raises(UserError, match="--workdir=w is a file, not a folder"):
-        configs.check_workdir(configs.load(config_file), "w")
+        stored.check_workdir(complete.load(config_file), "w")
 
 
 # The real components
 
 
 def test_every_block_of_the_table_has_typed_keys():
-    for path, block in configs.BLOCKS.items():
+    for path, block in schema.BLOCKS.items():
         for fn in (*block.schemas, *block.of.values()):
-            for name, (annotation, _) in configs.parameters_of(fn).items():
+            for name, (annotation, _) in schema.parameters_of(fn).items():
                 assert re.search("[a-z]", str(annotation)) and annotation is not object, (
                     path,
                     name,
@@ -495,8 +495,8 @@ def test_checking_starts_no_backend(tmp_path):
     )
     program = (
         "import sys, jax\n"
-        "from trainers import config\n"
-        f"c = config.load({str(path)!r}, [('mesh.cpu_devices', '3'), ('loss.name', 'softmax')])\n"
+        "from trainers.config import complete\n"
+        f"c = complete.load({str(path)!r}, [('mesh.cpu_devices', '3'), ('loss.name', 'softmax')])\n"
         "assert c.model.txt.vocab_size is None and c.input.tokenizer.name == 'bytes'\n"
         "jax.config.update('jax_num_cpu_devices', c.mesh.cpu_devices)  # raises if one runs\n"
         "print(jax.device_count())\n"

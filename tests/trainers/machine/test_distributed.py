@@ -167,7 +167,7 @@ PROCESS = """
 import os, sys
 import jax
 from jax.experimental import multihost_utils
-from trainers import distributed
+from trainers.machine import distributed
 
 jax.config.update("jax_num_cpu_devices", 2)
 decision = distributed.decide(os.environ)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from trainers.report.metrics import Writer
+from trainers.report.metrics import MetricsWriter
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def write(tmp_path):
     """Writes scalars of these steps in one life of the run."""
 
     def one(*steps, rewind=None, value=1.0):
-        writer = Writer(tmp_path)
+        writer = MetricsWriter(tmp_path)
         if rewind is not None:
             writer.rewind(rewind)
         for step in steps:
@@ -51,7 +51,7 @@ def tags(tmp_path):
 
 
 def test_one_json_object_per_event_with_its_step(tmp_path):
-    writer = Writer(tmp_path / "new")
+    writer = MetricsWriter(tmp_path / "new")
     writer.write_scalars(3, {"loss": jnp.float32(1.5), "lr": np.array([1e-3])[0], "n": 2})
     # It is there at once, not at the end.
     assert lines(tmp_path / "new") == [{"step": 3, "loss": 1.5, "lr": 1e-3, "n": 2.0}]
@@ -62,7 +62,7 @@ def test_one_json_object_per_event_with_its_step(tmp_path):
 
 
 def test_what_is_not_finite_is_still_json(tmp_path):
-    writer = Writer(tmp_path)
+    writer = MetricsWriter(tmp_path)
     writer.write_scalars(1, {"a": float("nan"), "b": jnp.inf, "c": -np.inf})
     writer.close()
 
@@ -74,7 +74,7 @@ def test_what_is_not_finite_is_still_json(tmp_path):
 
 
 def test_tensorboard_gets_scalars_texts_images_and_hparams(tmp_path):
-    writer = Writer(tmp_path)
+    writer = MetricsWriter(tmp_path)
     writer.write_hparams(
         {"model": {"img": {"variant": "B/16"}}, "lr": 1e-3, "frozen": ((".*", 1),)}
     )
@@ -147,7 +147,7 @@ def test_a_crash_while_forgetting_leaves_the_old_file(tmp_path, write, monkeypat
 
 
 def test_other_processes_write_nothing(tmp_path):
-    writer = Writer(tmp_path / "run", is_main=False)
+    writer = MetricsWriter(tmp_path / "run", is_main=False)
     writer.rewind(0)
     writer.write_hparams({"a": 1})
     writer.write_scalars(1, {"loss": 1.0})

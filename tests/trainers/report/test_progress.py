@@ -7,7 +7,7 @@ import pytest
 from fake_time import Time, evaluate, make_clock, train
 
 from trainers.report import progress
-from trainers.report.progress import Progress, progress_line
+from trainers.report.progress import TrainingProgress, progress_line
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ class Terminal(io.StringIO):
 
 def show(stream, time, is_main=True):
     clock = make_clock(time)
-    shown = Progress(clock, is_main=is_main, stream=stream)
+    shown = TrainingProgress(clock, is_main=is_main, stream=stream)
     for _ in range(2):
         train(clock, time, 10)
         shown.update(loss=1.0, lr=1e-3)
@@ -91,7 +91,7 @@ def test_the_row_goes_to_stderr_where_it_is_a_terminal(time, terminals, monkeypa
     err, out = (Terminal() if is_one else io.StringIO() for is_one in terminals)
     monkeypatch.setattr("sys.stderr", err)
     monkeypatch.setattr("sys.stdout", out)
-    Progress(make_clock(time)).update(loss=1.0, lr=1.0)
+    TrainingProgress(make_clock(time)).update(loss=1.0, lr=1.0)
     used, other = (err, out) if terminals[0] else (out, err)
     assert used.getvalue() and not other.getvalue()
     assert ("\r" in used.getvalue()) == any(terminals)

@@ -8,7 +8,7 @@ import sys
 
 from tiny_state import abstract, assert_same, make_state, on_disk
 
-from trainers.state.checkpointing import restore_state
+from trainers.state.restoring import restore_state
 
 SCRIPT = pathlib.Path(__file__).with_name("checkpoint_process.py")
 ROOT = SCRIPT.parents[3]

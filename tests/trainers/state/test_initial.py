@@ -14,8 +14,9 @@ from siglip import checkpoints, library
 from siglip.checkpoints import convert
 from siglip.checkpoints.formats import random_weights
 from siglip.towers import positions
-from trainers import loop, setup
-from trainers.state import checkpointing
+from trainers.evaluation import params_to_evaluate
+from trainers.setup import make_setup
+from trainers.state.start import find_start
 
 pytestmark = pytest.mark.slow  # two runs of two steps
 
@@ -47,10 +48,10 @@ def folder(tiny, runs):
 
 
 def start(tiny, source, **overrides):
-    """(things, parameters) of a run with config.init, before its first step."""
-    things = setup.make_setup(tiny.load(evals="", init=source, **overrides))
-    found = checkpointing.find_start(str(tiny.folder / "own"), init=things.config.init)
-    return things, loop._params_of(things, found)
+    """(setup, parameters) of a run with config.init, before its first step."""
+    setup = make_setup(tiny.load(evals="", init=source, **overrides))
+    found = find_start(str(tiny.folder / "own"), init=setup.config.init)
+    return setup, params_to_evaluate(setup, found)
 
 
 def flat(tree):
@@ -68,14 +69,14 @@ def assert_equal(one, other):
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_run_loads_as_a_model_and_embeds_as_its_evaluators_do(scan, tiny, runs):
     assert json.loads((runs[scan] / "siglip.json").read_text())["version"] == 1
-    things, params = start(tiny, runs[scan], model__scan=scan)
+    setup, params = start(tiny, runs[scan], model__scan=scan)
     model = library.load(runs[scan])
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (9, 20, 30, 3), dtype=np.uint8)
     texts = ["A red circle", "", "two blue squares and a very long text", "été"]
-    embedder = Embedder(things.model, things.mesh, things.preprocess, 8)
+    embedder = Embedder(setup.model, setup.mesh, setup.preprocess, 8)
     zimg = embedder.images(params, [{"image": x, "id": "x"} for x in images])
-    ztxt = embedder.texts(params, tokenize(things.preprocess, texts))
+    ztxt = embedder.texts(params, tokenize(setup.preprocess, texts))
     np.testing.assert_allclose(model.encode_image(images), zimg, rtol=0, atol=1e-6)
     np.testing.assert_allclose(model.encode_text(texts), ztxt, rtol=0, atol=1e-6)
     assert np.abs(zimg[0] - zimg[1]).max() > 1e-4  # not all the same
@@ -102,9 +103,9 @@ def test_the_way_through_hugging_face_loses_nothing(tiny, runs, folder):
 
 
 def test_init_only_leaves_the_rest_as_it_was_drawn(tiny, folder):
-    things, params = start(tiny, folder, init_only=("img",))
+    setup, params = start(tiny, folder, init_only=("img",))
     given = flat(start(tiny, folder)[1])
-    fresh = flat(things.model.init(jax.random.key(things.config.seed), *things.inputs)["params"])
+    fresh = flat(setup.model.init(jax.random.key(setup.config.seed), *setup.inputs)["params"])
     found = flat(params)
     for name in found:
         want = (given if name.startswith("img/") else fresh)[name]

@@ -7,13 +7,9 @@ import pytest
 from tiny_state import abstract, assert_same, make_state, saved
 
 from base.errors import UserError
-from trainers.state.checkpointing import (
-    Checkpoints,
-    Start,
-    find_start,
-    restore_params,
-    restore_state,
-)
+from trainers.state.checkpointing import Checkpoints
+from trainers.state.restoring import restore_params, restore_state
+from trainers.state.start import Start, find_start
 
 
 def test_which_checkpoint_wins(tmp_path):
