@@ -3,6 +3,7 @@
   python main.py --config configs/emoji.py:data_dir=FOLDER --workdir runs/emoji
   python main.py --config "configs/emoji.py:data_dir=FOLDER,languages='en,de,fr'" --workdir runs/e3
 
+FOLDER is what `python -m programs.prepare_table` wrote; languages=all takes every language of it.
 Retrieval among the 175 held-out pictures, and zero-shot classification into their 8 groups.
 """
 
@@ -17,8 +18,17 @@ def get_config(
     total: str = "40 epochs",
 ) -> ConfigDict:
     if not data_dir:
-        raise ValueError("pass the folder of the emoji set: --config configs/emoji.py:data_dir=...")
-    source = {"name": "emoji", "data_dir": data_dir, "languages": languages}
+        raise ValueError(
+            "pass the folder of the emoji table, see `python -m programs.prepare_table --help`: "
+            "--config configs/emoji.py:data_dir=..."
+        )
+    source = {
+        "name": "files",
+        "path": f"{data_dir}/pairs.jsonl",
+        "language_column": "languages",
+        "languages": () if languages == "all" else tuple(languages.split(",")),
+        "label_column": "class",
+    }
     config = ConfigDict()
     config.total = total
     sizes = {"width": 128, "mlp_dim": 512, "num_heads": 4}
@@ -33,7 +43,7 @@ def get_config(
             "batch_size": batch_size,
             "res": res,
             "token_len": 64,
-            "source": {**source, "split": "train", "keywords": True},
+            "source": {**source, "split": "train"},
             "image": "decode | random_resized_crop(area=(0.6, 1.0))",
             # No flip: "backhand index pointing left".
             "num_threads": 2,

@@ -2,6 +2,7 @@
 
   python main.py --config configs/grocery.py:data_dir=FOLDER --workdir runs/grocery
 
+FOLDER is what `python -m programs.prepare_table` wrote.
 Zero-shot classification of the 2,485 test photos into 81 fine and 43 coarse classes.
 """
 
@@ -13,9 +14,11 @@ def get_config(
 ) -> ConfigDict:
     if not data_dir:
         raise ValueError(
-            "pass the folder of the grocery set: --config configs/grocery.py:data_dir=..."
+            "pass the folder of the grocery table, see `python -m programs.prepare_table --help`: "
+            "--config configs/grocery.py:data_dir=..."
         )
-    source = {"name": "grocery", "data_dir": data_dir}
+    source = {"name": "files", "path": f"{data_dir}/pairs.jsonl"}
+    test = {**source, "split": "test"}
     config = ConfigDict()
     config.total = total
     sizes = {"width": 128, "mlp_dim": 512, "num_heads": 4}
@@ -43,8 +46,8 @@ def get_config(
     zeroshot = {"type": "zeroshot", "batch_size": 256, "templates": ("a photo of {}", "{}")}
     config.evals = ConfigDict(
         {
-            "fine": {**zeroshot, "source": {**source, "split": "test"}},
-            "coarse": {**zeroshot, "source": {**source, "split": "test", "labels": "coarse"}},
+            "fine": {**zeroshot, "source": {**test, "label_column": "class"}},
+            "coarse": {**zeroshot, "source": {**test, "label_column": "coarse_class"}},
         }
     )
     return config

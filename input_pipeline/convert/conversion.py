@@ -162,7 +162,7 @@ class Conversion:
         for what in ("labels", "languages"):
             if 0 < total[what] < written:
                 lines.append(f"only {total[what]} of them have {what}")
-        if total["mixed"] and self.to in ("webdataset", "files"):
+        if total["mixed"] and self.to == "webdataset":
             has["language"] = False
             lines.append("the language of each caption is in `languages`, which is not read back")
         folder = pathlib.Path(glob.escape(str(self.out.absolute())))
@@ -172,14 +172,15 @@ class Conversion:
             keys = ["json.caption", *(f"json.caption_{k}" for k in range(1, most))][:most]
             if most != 1:
                 settings["captions"] = str(tuple((key, 1.0) for key in keys))
-            fields = {"label": "json.label", "language": "json.language"}
+            columns = {"label": "json.label", "language": "json.language"}
         elif self.to == "files":
             settings |= {} if most else {"text_column": ""}
-            fields = {"label_column": "label", "language_column": "language"}
+            columns = {"label": "label", "language": "languages"}
         else:
             settings |= {} if most else {"text": ""}
-            fields = {"label": "label", "language": "language"}
-        settings |= {key: field for key, field in fields.items() if has[field.split(".")[-1]]}
+            columns = {"label": "label", "language": "language"}
+        suffix = "_column" if self.to == "files" else ""
+        settings |= {f"{key}{suffix}": columns[key] for key in columns if has[key]}
         lines.append("train with it:")
         return [*lines, *config_lines(settings)]
 

@@ -111,6 +111,8 @@ def _write_webdataset(path: pathlib.Path, rows: Iterator[Row], class_names: Any)
             # Keys of their own for further captions: a source names its captions by keys.
             about = {f"caption_{k}" if k else "caption": t for k, t in enumerate(row.texts)}
             fields = {**about, "captions": row.texts, **_about(row, class_names)}
+            if len(set(row.languages)) == 1:  # the source webdataset reads one for each sample
+                fields["language"] = row.languages[0]
             members["json"] = json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace")
             for suffix, content in members.items():
                 info = tarfile.TarInfo(f"{row.index:08d}.{suffix}")
@@ -146,8 +148,6 @@ def _about(row: Row, class_names: list[str] | None) -> dict[str, Any]:
     about: dict[str, Any] = {"id": row.id}
     if row.languages:
         about["languages"] = row.languages
-        if len(set(row.languages)) == 1:
-            about["language"] = row.languages[0]
     if row.label is not None:
         about["label"] = row.label
         if class_names and 0 <= row.label < len(class_names):

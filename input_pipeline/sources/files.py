@@ -9,16 +9,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from base.errors import UserError
 from base.words import nearest
 from input_pipeline.sources import storage
 from input_pipeline.sources.zip_file import Zip
 
-# Loose images that are looked for at the start: a missing folder shows at once, and the check
-# of a table of millions on a network disk does not take an hour.
-SAMPLE = 100
-SAMPLE_OF_URLS = 4  # each is a request
+# Number of loose images whose existence is checked at the start. A missing folder shows at once,
+# and a table of millions on a network disk does not take an hour to check.
+CHECKED_FILES = 100
+CHECKED_URLS = 4  # each check is a request
 
 
 class Files:
@@ -27,7 +28,7 @@ class Files:
     Args:
       path: the table. .jsonl: an object in each line; .csv: quoted as spreadsheets do; .tsv:
         nothing quoted. CSV and TSV have the names of the columns in the first line. UTF-8.
-      images: the folder or zip file that names of images are relative to; '': the table's folder.
+      images: the folder or zip file that image names are relative to; '': the table's folder.
         A name may itself lead into a zip file, as in 'archive.zip/member.png'.
       image_column: the image's name.
       text_column: the caption; in JSONL also a list of captions. '': there are none, which
@@ -36,10 +37,14 @@ class Files:
       split: the rows to take; '': all, for training without a held-out part.
       label_column: the class, for evaluation: a name (class_names is then all names of the table,
         sorted) or an integer. '': none.
-      language_column: the language of the row's captions. '': none.
+      language_column: the language of the row's captions; in JSONL also a list with the language
+        of each caption. '': none.
+      languages: keeps the captions in these languages alone, in this order. Rows that have none of
+        them are left out, and their number is logged. (): all captions, as they are.
 
     Raises:
-      UserError: a file, column, caption, label or split is missing; in lists, the line numbers.
+      UserError: a file, column, caption, label, language or split is missing; the message names
+        the first lines of the table where it is.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class Files:
         split: str = "train",
         label_column: str = "",
         language_column: str = "",
+        languages: tuple[str, ...] = (),
     ):
         self._path = path
         rows = list(_read(path))
@@ -66,7 +72,7 @@ class Files:
         else:
             labels, self.class_names = [None] * len(rows), None
 
-        kept = _of_split(path, rows, split_column, split)
+        kept = _rows_of_split(path, rows, split_column, split)
         chosen = [rows[i] for i in kept]
         names: list[Any] = [row.get(image_column) for _, row in chosen]
         _refuse(path, chosen, [not _is_text(n) for n in names], f"no image in {image_column!r}")
@@ -76,17 +82,18 @@ class Files:
         # Columns, not rows: whatever else stands in a table of millions does not stay in memory.
         self._names: list[str] = names
         self._texts, self._labels = texts, [labels[i] for i in kept]
-        self._languages: list[Any] = []
+        self._languages: list[tuple[str, ...]] | None = None
         if language_column:
-            self._languages = [row.get(language_column) for _, row in chosen]
-            bad = [not _is_text(tag) for tag in self._languages]
-            _refuse(path, chosen, bad, f"no language in {language_column!r}")
+            self._languages = _languages(path, chosen, language_column, texts)
+        lines = [line for line, _ in chosen]
+        if languages:
+            lines = self._keep_languages(languages, lines)
 
         self._archives: dict[str, Zip] = {}
         self._root = os.path.expanduser(images) if images else storage.parent(path)
         if images and not storage.is_url(images) and not os.path.exists(self._root):
             raise UserError(f"images={images!r} is neither a folder nor a zip file")
-        self._check_images([line for line, _ in chosen])
+        self._check_images(lines)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -101,13 +108,52 @@ class Files:
         example = {"image": image, "texts": list(self._texts[i]), "id": name}
         if self._labels[i] is not None:
             example["label"] = self._labels[i]
-        if self._languages:
-            example["languages"] = [self._languages[i]] * len(self._texts[i])
+        if self._languages is not None:
+            example["languages"] = list(self._languages[i])
         return example
 
     def by_language(self) -> dict[str, np.ndarray]:
-        tags = np.array(self._languages)
-        return {str(tag): np.flatnonzero(tags == tag) for tag in np.unique(tags)}
+        """Ascending indices of the rows that have a caption in each language; {}: not known."""
+        rows: dict[str, list[int]] = {}
+        for i, languages in enumerate(self._languages or ()):
+            for language in set(languages):
+                rows.setdefault(language, []).append(i)
+        return {language: np.array(rows[language], np.int64) for language in sorted(rows)}
+
+    def _keep_languages(self, languages: tuple[str, ...], lines: list[int]) -> list[int]:
+        """Leaves out captions in other languages, then rows without captions; the lines kept."""
+        if self._languages is None:
+            raise UserError(
+                f"languages={languages!r} is set without the column that names the language of "
+                "captions; set `language_column`"
+            )
+        known = {language for row in self._languages for language in row}
+        for language in languages:
+            if language not in known:
+                raise UserError(
+                    f"{self._path} has no captions in language {language!r}; "
+                    f"{nearest(language, known)}"
+                )
+        kept = []
+        for i, (texts, tags) in enumerate(zip(self._texts, self._languages)):
+            order = [k for language in languages for k, tag in enumerate(tags) if tag == language]
+            self._texts[i] = [texts[k] for k in order]
+            self._languages[i] = tuple(tags[k] for k in order)
+            if order:
+                kept.append(i)
+        if len(kept) < len(lines):
+            logging.warning(
+                "%s: left out %d of %d rows, which have no caption in %s",
+                self._path,
+                len(lines) - len(kept),
+                len(lines),
+                ", ".join(languages),
+            )
+        self._names = [self._names[i] for i in kept]
+        self._texts = [self._texts[i] for i in kept]
+        self._labels = [self._labels[i] for i in kept]
+        self._languages = [self._languages[i] for i in kept]
+        return [lines[i] for i in kept]
 
     def _place(self, name: str) -> tuple[str, str | None]:
         """(file, None) or (zip file, member)."""
@@ -127,9 +173,9 @@ class Files:
         return self._archives[file].read(member)
 
     def _check_images(self, lines: list[int]) -> None:
-        """Every member of a zip file, and SAMPLE of the loose files. Opens the zip files."""
-        sample = SAMPLE if not storage.is_url(self._root) else SAMPLE_OF_URLS
-        every = max(1, len(self._names) // sample)
+        """Checks every member of a zip file and some of the loose files. Opens the zip files."""
+        checked = CHECKED_URLS if storage.is_url(self._root) else CHECKED_FILES
+        every = max(1, len(self._names) // checked)
         for i, (name, line) in enumerate(zip(self._names, lines)):
             file, member = self._place(name)
             if member is None:
@@ -149,7 +195,7 @@ class Files:
 
 
 def _read(table: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of each row."""
+    """Yields (line number, row) for each row of a table."""
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_tsv}
     reader = readers.get(os.path.splitext(table)[1].lower())
     if reader is None:
@@ -183,8 +229,8 @@ def _read_jsonl(table: str, lines) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _read_csv(table: str, lines, **how) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.reader(lines, strict=True, **how)
+def _read_csv(table: str, lines, **dialect) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.reader(lines, strict=True, **dialect)
     try:
         header = next(reader, None)
         if header is None:
@@ -213,7 +259,7 @@ Rows = list[tuple[int, dict[str, Any]]]
 
 def _check_column(path: str, rows: Rows, column: str) -> None:
     if not any(column in row for _, row in rows):
-        columns = {name for _, row in rows[:SAMPLE] for name in row}
+        columns = {name for _, row in rows[:100] for name in row}
         raise UserError(f"{path} has no column {column!r}; {nearest(column, columns)}")
 
 
@@ -228,7 +274,8 @@ def _refuse(path: str, rows: Rows, bad: list[bool], what: str) -> None:
         )
 
 
-def _of_split(path: str, rows: Rows, column: str, split: str) -> list[int]:
+def _rows_of_split(path: str, rows: Rows, column: str, split: str) -> list[int]:
+    """Places in `rows` of those that belong to the split."""
     if not split:
         return list(range(len(rows)))
     if not any(column in row for _, row in rows):
@@ -252,12 +299,28 @@ def _is_text(value: Any) -> bool:
 
 
 def _texts(value: Any) -> list[str]:
-    """[] where there is no text, or one of several is empty."""
+    """The captions of a cell; [] where there is none, or one of several is empty."""
     values = value if isinstance(value, list) else [value]
     return values if values and all(map(_is_text, values)) else []
 
 
+def _languages(path: str, rows: Rows, column: str, texts: list[list[str]]) -> list[tuple[str, ...]]:
+    """The language of each caption of each row."""
+    cells: list[Any] = [row.get(column) for _, row in rows]
+    _refuse(path, rows, [not _texts(cell) for cell in cells], f"no language in {column!r}")
+    _refuse(
+        path,
+        rows,
+        [isinstance(cell, list) and len(cell) != len(t) for cell, t in zip(cells, texts)],
+        f"not one language for each caption in {column!r}",
+    )
+    known: dict[tuple[str, ...], tuple[str, ...]] = {}  # equal rows share one tuple in memory
+    tags = (tuple(c) if isinstance(c, list) else (c,) * len(t) for c, t in zip(cells, texts))
+    return [known.setdefault(row, row) for row in tags]
+
+
 def _labels(path: str, rows: Rows, column: str) -> tuple[list[int], list[str] | None]:
+    """The label of each row, and the class names where the column holds names."""
     values: list[Any] = [row.get(column) for _, row in rows]
     # A table of text has its integers as text.
     if all(isinstance(v, str) and v.strip().isdecimal() for v in values):
@@ -266,5 +329,5 @@ def _labels(path: str, rows: Rows, column: str) -> tuple[list[int], list[str] | 
         return values, None
     _refuse(path, rows, [not _is_text(v) for v in values], f"no class in {column!r}")
     names = sorted(set(values))
-    place = {name: i for i, name in enumerate(names)}
-    return [place[v] for v in values], names
+    number = {name: i for i, name in enumerate(names)}
+    return [number[v] for v in values], names

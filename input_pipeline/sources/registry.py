@@ -3,9 +3,7 @@
 from input_pipeline.sources import (
     array_record,
     embeddings,
-    emoji,
     files,
-    grocery,
     in_memory,
     parquet,
     scenes,
@@ -21,7 +19,5 @@ SOURCES = {
     "tfds": tfds.Tfds,
     "memory": in_memory.Memory,
     "scenes": scenes.Scenes,
-    "emoji": emoji.Emoji,
-    "grocery": grocery.Grocery,
     "embeddings": embeddings.Embeddings,
 }

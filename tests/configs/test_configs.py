@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 import main as program
 from configs import _released
-from input_pipeline.sources.registry import SOURCES
+from input_pipeline.sources.files import Files
 from siglip import presets
 from siglip.checkpoints import spec
 from siglip.towers.two_towers import make_model
@@ -222,10 +222,10 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
 
 
 @pytest.fixture
-def data_dir(shared_data, tmp_path):
-    folder, here = str(tmp_path / "tfds"), shared_data / "emoji_tiny"
+def data_dir(emoji_tiny, tmp_path):
+    folder = str(tmp_path / "tfds")
     for name, split in (("my_pairs", "train"), ("imagenet2012", "val"), ("coco_captions", "val")):
-        source = SOURCES["emoji"](data_dir=str(here), split=split, languages="all")
+        source = Files(path=str(emoji_tiny), split=split, label_column="class")
         rows = [source[i] for i in range(min(len(source), 64))]
         attributes = {"name": name, "rows": rows, "__module__": __name__}
         if name == "coco_captions":  # as the real one has

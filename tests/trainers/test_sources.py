@@ -14,6 +14,7 @@ from input_pipeline import loader
 
 pytestmark = pytest.mark.slow
 FORMATS = ("files", "webdataset", "array_record", "parquet")
+ENGLISH = ("language_column=languages", "languages='en',", "label_column=class")
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +25,12 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def converted(shared_data, tmp_path):
+def converted(emoji_tiny, tmp_path):
     """The flags that train on the emoji set in a format, as the converter prints them."""
 
     def convert(to):
-        command = [sys.executable, "-m", "input_pipeline.convert", "emoji", f"--to={to}"]
-        command += [f"data_dir={shared_data / 'emoji_tiny'}", f"--out={tmp_path / to}"]
+        command = [sys.executable, "-m", "input_pipeline.convert", "files", f"--to={to}"]
+        command += [f"path={emoji_tiny}", *ENGLISH, f"--out={tmp_path / to}"]
         done = subprocess.run(command, cwd=MAIN.parent, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return shlex.split(done.stdout.partition("train with it:")[2])
@@ -55,7 +56,7 @@ MIXTURE = """\
             "source": {"name": "mixture"},
             "mixture": {
                 "drawn": {"name": "scenes", "size": 72, "res": 16, "weight": 3},
-                "emoji": {"name": "emoji", "data_dir": DATA, "languages": "all"},
+                "emoji": {"name": "files", "path": TABLE, "language_column": "languages"},
             },
             "language_temperature": 3.0,
             "corrupt": "image(0.2) | text(0.2) | batch(0.5)",
@@ -63,13 +64,12 @@ MIXTURE = """\
 
 
 def test_a_mixture_with_noise_goes_on_as_if_nothing_had_happened(
-    tiny, shared_data, tmp_path, monkeypatch
+    tiny, emoji_tiny, tmp_path, monkeypatch
 ):
     source = '            "source": {"name": "scenes", "size": 72, "res": 16},\n'
     assert source in TEMPLATE
-    data = repr(str(shared_data / "emoji_tiny"))
     config = tmp_path / "mixture.py"
-    config.write_text(TEMPLATE.replace(source, MIXTURE.replace("DATA", data)))
+    config.write_text(TEMPLATE.replace(source, MIXTURE.replace("TABLE", repr(str(emoji_tiny)))))
 
     def run(workdir):
         return program.main([f"--config={config}:evals=val", f"--workdir={workdir}"])

@@ -266,3 +266,50 @@ def test_rows_tell_their_language(tmp_path):
     with pytest.raises(UserError, match="no language in 'lang' in line 2"):
         Files(path=str(table), language_column="lang")
     assert Files(path=str(table)).by_language() == {}
+
+
+LANGUAGES = [
+    {"image": "a.png", "caption": ["a dog", "Hund", "dog"], "lang": ["en", "de", "en"]},
+    {"image": "b.png", "caption": "Katze", "lang": "de", "kind": "cat"},
+    {"image": "c.png", "caption": ["ant"], "lang": ["en"], "kind": "ant"},
+]
+
+
+def test_each_caption_of_a_list_has_its_language(tmp_path):
+    put_images(tmp_path)
+    source = Files(path=write(tmp_path / "t.jsonl", LANGUAGES), language_column="lang")
+    assert [source[i]["languages"] for i in range(3)] == [["en", "de", "en"], ["de"], ["en"]]
+    assert {tag: rows.tolist() for tag, rows in source.by_language().items()} == {
+        "de": [0, 1],
+        "en": [0, 2],
+    }
+
+
+def test_chosen_languages_keep_their_captions_in_their_order(tmp_path, caplog):
+    put_images(tmp_path)
+    rows = [{**row, "kind": kind} for row, kind in zip(LANGUAGES, ("dog", "cat", "ant"))]
+    settings = {"path": write(tmp_path / "t.jsonl", rows), "language_column": "lang"}
+    both = Files(**settings, languages=("de", "en"))
+    assert both[0]["texts"] == ["Hund", "a dog", "dog"]
+    assert both[0]["languages"] == ["de", "en", "en"] and not caplog.records
+    with caplog.at_level("WARNING", logger="absl"):
+        english = Files(**settings, languages=("en",), label_column="kind")
+    assert "left out 1 of 3 rows, which have no caption in en" in caplog.text
+    assert [english[i]["id"] for i in range(len(english))] == ["a.png", "c.png"]
+    assert [english[i]["texts"] for i in range(2)] == [["a dog", "dog"], ["ant"]]
+    assert [english[i]["image"] for i in range(2)] == [b"bytes of a", b"bytes of c"]
+    # Classes are those of the whole table, whatever the language.
+    assert english.class_names == ["ant", "cat", "dog"]
+    assert [english[i]["label"] for i in range(2)] == [2, 0]
+    assert {tag: rows.tolist() for tag, rows in english.by_language().items()} == {"en": [0, 1]}
+
+
+def test_language_mistakes(tmp_path):
+    put_images(tmp_path)
+    path = write(tmp_path / "t.jsonl", LANGUAGES)
+    settings = {"path": path, "language_column": "lang"}
+    told("no captions in language 'eng'; the nearest: en", **settings, languages=("de", "eng"))
+    told("set `language_column`", path=path, languages=("en",))
+    rows = [LANGUAGES[0], {**LANGUAGES[1], "lang": ["de", "en"]}]
+    path = write(tmp_path / "u.jsonl", rows)
+    told("not one language for each caption in 'lang' in line 2", path=path, language_column="lang")
