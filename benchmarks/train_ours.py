@@ -126,9 +126,11 @@ class Ours:
 
         def embed(params, batch) -> Any:
             rngs = {"dropout": jax.random.key(0)}
-            return self.model.apply(
+            zimg, ztxt, out = self.model.apply(
                 {"params": params}, batch["image"], batch["text"], train=True, rngs=rngs
             )
+            # Without the tokens: what a program returns, it has to write.
+            return zimg, ztxt, {name: out[name] for name in ("t", "b")}
 
         def loss(zimg, ztxt, t, b, mask):
             return self.loss_fn(zimg, ztxt, t, b, mask)

@@ -4,7 +4,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from siglip.towers.transformer import Encoder, MAPHead, check_sizes, decode_variant
+from siglip.towers.transformer import (
+    Encoder,
+    MAPHead,
+    Outputs,
+    check_capture,
+    check_sizes,
+    decode_variant,
+)
 
 POOLS = ("last", "first", "gap", "max", "map")
 
@@ -29,9 +36,33 @@ class TextTransformer(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, text: Int[Array, "n l"], *, train: bool = False) -> Float[Array, "n d"]:
-        """`text`: token ids, padded to the length the tower was initialised with."""
-        del train  # nothing differs in training
+    def __call__(
+        self,
+        text: Int[Array, "n l"],
+        *,
+        train: bool = False,
+        capture: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "n d"], Outputs]:
+        """The embedding before it is normalised, and what leads to it.
+
+        Args:
+          text: token ids, padded to the length the tower was initialised with.
+          train: changes nothing in this tower.
+          capture: what is computed or kept only where it is asked for: 'attention', 'block:i'.
+
+        Returns:
+          z [n, out_dim or width], and a dict with
+            tokens [n, l, width]: after the last LayerNorm.
+            mask: None, for padding is attended to like every other token.
+            pooled [n, width]: the tokens in one vector, before the head.
+            attention [n, heads, l]: weights of the MAP head, which sum to 1 over l.
+            block:i [n, l, width]: output of block i, float32; from the last one if negative.
+
+        Raises:
+          ValueError: a name in `capture` is no output of this tower.
+        """
+        del train
+        check_capture(capture, self.depth, self.pool)
         normal = nn.initializers.normal
         # A table V x K and a projection K x W instead of V x W, for large vocabularies (mSigLIP).
         embed_dim = self.bottleneck or self.width
@@ -46,10 +77,11 @@ class TextTransformer(nn.Module):
         pos = self.param("pos_embedding", init, (1, x.shape[1], self.width))
         x = x + pos  # float32, and so is every sum of residuals
 
-        x = Encoder(
+        x, captured = Encoder(
             self.depth, self.mlp_dim, self.num_heads, self.dtype, self.scan, self.remat,
             name="Encoder_0",
-        )(x)  # fmt: skip
+        )(x, capture=capture)  # fmt: skip
+        out: Outputs = {"tokens": x, "mask": None, **captured}
         match self.pool:
             case "last":
                 x = x[:, -1]
@@ -60,10 +92,12 @@ class TextTransformer(nn.Module):
             case "max":
                 x = x.max(axis=1)
             case "map":
-                x = MAPHead(self.mlp_dim, self.num_heads, self.dtype)(x)
+                x, captured = MAPHead(self.mlp_dim, self.num_heads, self.dtype)(x, capture=capture)
+                out.update(captured)
+        out["pooled"] = x
         if self.out_dim is not None:
             x = nn.Dense(self.out_dim, dtype=self.dtype, name="head")(x)
-        return x
+        return x, out
 
 
 def make_text(

@@ -1,6 +1,7 @@
 """Transformer parts of both towers. Submodules are named as in the released checkpoints."""
 
 import functools
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -28,6 +29,9 @@ VARIANTS = {
 
 SIZES = ("width", "depth", "mlp_dim", "num_heads")
 REMAT = ("none", "full", "dots")
+ATTENTION = "attention"  # to capture: the weights of a MAP head; 'block:i': the output of a block
+
+Outputs = dict[str, Array | None]  # what a tower gives beside z, see ViT and TextTransformer
 
 
 def decode_variant(variant: str) -> tuple[dict[str, Any], int | None]:
@@ -56,6 +60,33 @@ def check_sizes(tower: str, sizes: dict[str, int]) -> None:
         )
 
 
+def check_capture(capture: tuple[str, ...], depth: int, pool: str) -> None:
+    """Raises ValueError for a name that is no output of a tower of this depth and pool."""
+    for name in capture:
+        if name != ATTENTION:
+            block_index(name, depth)
+        elif pool != "map":
+            raise ValueError(
+                f"{ATTENTION!r} needs a tower with attention pooling (pool 'map'), not {pool!r}"
+            )
+
+
+def block_index(name: str, depth: int) -> int:
+    """The index from 0 of 'block:i', where a negative i counts from the last block.
+
+    Raises:
+      ValueError: another name, or the tower has no such block.
+    """
+    match = re.fullmatch(r"block:(-?\d+)", name)
+    if match is None:
+        raise ValueError(f"{name!r} is neither {ATTENTION!r} nor a block such as 'block:-2'")
+    if not -depth <= int(match[1]) < depth:
+        raise ValueError(
+            f"{name!r} is not in a tower of {depth} blocks: 0 to {depth - 1}, or -{depth} to -1"
+        )
+    return int(match[1]) % depth
+
+
 class MlpBlock(nn.Module):
     mlp_dim: int
     dtype: jnp.dtype
@@ -74,19 +105,22 @@ class MlpBlock(nn.Module):
 
 
 def _dot_product_attention(query, key, value, mask=None, **unused):
-    # No dropout, and a mask for the patches of NaFlex alone: padding of texts is attended to.
+    # There is no dropout, and only NaFlex patches have a mask: padding of texts is attended to.
     del unused
     fits = mask is None and _has_cudnn() and _fits_cudnn(query, key)
     implementation = "cudnn" if fits else None
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
 
 
-Mask = Bool[Array, "n l"] | None  # True: a token to attend to; None: all of them
+Mask = Bool[Array, "n l"] | None  # True: a token to attend to; None: every token
 
 
-def _of_keys(mask: Mask) -> Bool[Array, "n 1 1 l"] | None:
-    """For every head and query. Where nothing is True (a bad example) all weights are equal and the
-    values finite: XLA's attention fills up with a large negative number, not with -inf."""
+def _key_mask(mask: Mask) -> Bool[Array, "n 1 1 l"] | None:
+    """The mask of the keys, alike for every head and query.
+
+    Where nothing is True (a bad example) all weights are equal and the values finite: XLA's
+    attention puts a large negative number in the place of masked logits, not -inf.
+    """
     return None if mask is None else mask[:, None, None, :]
 
 
@@ -98,39 +132,46 @@ def _has_cudnn() -> bool:
 
 
 def _fits_cudnn(query: Float[Array, "n l h d"], key: Float[Array, "n m h d"]) -> bool:
-    """Whether cuDNN's fused attention takes these shapes, forward and backward. Not the one query
-    of a pooling head, nor float32: those are XLA's."""
+    """Whether cuDNN's fused attention takes these shapes, forward and backward.
+
+    It takes neither float32 nor the single query of a pooling head; XLA computes those.
+    """
     lengths, head_dim = (query.shape[1], key.shape[1]), query.shape[3]
     sizes = all(n % 2 == 0 for n in lengths) and head_dim % 8 == 0 and head_dim <= 128
     return sizes and query.dtype == jnp.bfloat16
 
 
-def attention(num_heads: int, dtype) -> nn.Module:
+def attention(num_heads: int, dtype, attention_fn=_dot_product_attention) -> nn.Module:
     """Multi-head attention with the parameters query, key, value [W, H, W/H] and out."""
     return nn.MultiHeadDotProductAttention(
         num_heads=num_heads,
         dtype=dtype,
         kernel_init=nn.initializers.xavier_uniform(),
-        attention_fn=_dot_product_attention,
+        attention_fn=attention_fn,
         name="MultiHeadDotProductAttention_0",
     )
 
 
 class EncoderBlock(nn.Module):
-    """A pre-LayerNorm block. `x` in and out lets `nn.scan` run over layers."""
+    """A pre-LayerNorm block: x -> (x, output), which `nn.scan` carries on and stacks.
+
+    The output is x with `keep_output`, else None, so that a scan stacks nothing.
+    """
 
     mlp_dim: int
     num_heads: int
     dtype: jnp.dtype
+    keep_output: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "n l d"], mask: Mask = None
-    ) -> tuple[Float[Array, "n l d"], None]:
+    ) -> tuple[Float[Array, "n l d"], Float[Array, "n l d"] | None]:
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
         y = norm()(x)
-        x = x + attention(self.num_heads, self.dtype)(y, y, mask=_of_keys(mask))
-        return x + MlpBlock(self.mlp_dim, self.dtype)(norm()(x)), None
+        x = x + attention(self.num_heads, self.dtype)(y, y, mask=_key_mask(mask))
+        x = x + MlpBlock(self.mlp_dim, self.dtype)(norm()(x))
+        return x, x if self.keep_output else None
 
 
 class Encoder(nn.Module):
@@ -150,7 +191,15 @@ class Encoder(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n l d"], mask: Mask = None) -> Float[Array, "n l d"]:
+    def __call__(
+        self, x: Float[Array, "n l d"], mask: Mask = None, capture: tuple[str, ...] = ()
+    ) -> tuple[Float[Array, "n l d"], dict[str, Float[Array, "n l d"]]]:
+        """(tokens after the LayerNorm, output of each block that `capture` names).
+
+        A block's output is the float32 sum of residuals. With `scan` those of all blocks are in
+        memory while one is asked for.
+        """
+        kept = {name: block_index(name, self.depth) for name in capture if name != ATTENTION}
         block = EncoderBlock
         if self.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -160,7 +209,10 @@ class Encoder(nn.Module):
                 policy=policy if self.remat == "dots" else None,
             )
         sizes: dict[str, Any] = dict(
-            mlp_dim=self.mlp_dim, num_heads=self.num_heads, dtype=self.dtype
+            mlp_dim=self.mlp_dim,
+            num_heads=self.num_heads,
+            dtype=self.dtype,
+            keep_output=bool(kept),
         )
         if self.scan:
             layers = nn.scan(
@@ -170,29 +222,47 @@ class Encoder(nn.Module):
                 in_axes=nn.broadcast,  # type: ignore  # flax says int
                 length=self.depth,
             )
-            x, _ = layers(name="encoderblock", **sizes)(x, mask)
+            x, outputs = layers(name="encoderblock", **sizes)(x, mask)
         else:
+            outputs = []
             for i in range(self.depth):
-                x, _ = block(name=f"encoderblock_{i}", **sizes)(x, mask)
-        return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="encoder_norm")(x)
+                x, output = block(name=f"encoderblock_{i}", **sizes)(x, mask)
+                outputs.append(output)
+        tokens = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="encoder_norm")(x)
+        return tokens, {name: outputs[i] for name, i in kept.items()}
 
 
 class MAPHead(nn.Module):
-    """Multihead attention pooling: one learned query attends to all tokens (2106.04560)."""
+    """Multihead attention pooling (MAP): one learned query attends to all tokens (2106.04560)."""
 
     mlp_dim: int
     num_heads: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n l d"], mask: Mask = None) -> Float[Array, "n d"]:
+    def __call__(
+        self, x: Float[Array, "n l d"], mask: Mask = None, capture: tuple[str, ...] = ()
+    ) -> tuple[Float[Array, "n d"], dict[str, Float[Array, "n heads l"]]]:
+        """(pooled vector, {'attention': float32 weights that sum to 1} where `capture` names it).
+
+        The weights are computed beside the pooling, which stays the same to the last bit.
+        """
+        captured = {}
+
+        def attention_fn(query, key, value, mask=None, **unused):
+            if ATTENTION in capture:
+                query32, key32 = query.astype(jnp.float32), key.astype(jnp.float32)
+                weights = nn.dot_product_attention_weights(query32, key32, mask=mask)
+                captured[ATTENTION] = weights[:, :, 0]  # [n, heads, 1, l]: one query
+            return _dot_product_attention(query, key, value, mask, **unused)
+
         n, _, width = x.shape
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))
         probe = jnp.tile(probe, (n, 1, 1))
-        x = attention(self.num_heads, self.dtype)(probe, x, mask=_of_keys(mask))
+        x = attention(self.num_heads, self.dtype, attention_fn)(probe, x, mask=_key_mask(mask))
         x = x.astype(jnp.float32)
         y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)(x)
-        return (x + MlpBlock(self.mlp_dim, self.dtype)(y))[:, 0]
+        return (x + MlpBlock(self.mlp_dim, self.dtype)(y))[:, 0], captured
 
 
 def stack_blocks(encoder: dict) -> dict:

@@ -1,6 +1,6 @@
 """Both towers, the learned temperature t and the bias b."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from siglip.towers import transformer
 from siglip.towers.text import make_text
+from siglip.towers.transformer import Outputs
 from siglip.towers.vit import Patches, make_vit
 
 
@@ -32,7 +33,7 @@ class TwoTowers(nn.Module):
         *,
         rows: Int[Array, " n"] | None = None,
         train: bool = False,
-    ) -> tuple[Array | None, Array | None, dict[str, Array | None]]:
+    ) -> tuple[Array | None, Array | None, dict[str, Any]]:
         """Embeds what is given.
 
         Args:
@@ -45,27 +46,47 @@ class TwoTowers(nn.Module):
 
         Returns:
           zimg [n, d], ztxt [n, d], float32, unit norm (None where nothing was given), and
-          {'t': temperature exp(t'), 'b': bias or None}, float32 scalars.
+          {'t': temperature exp(t'), 'b': bias or None, 'img': what encode_image gives beside zimg,
+          'txt': likewise}; t and b are float32 scalars, 'img' and 'txt' {} where nothing was given.
         """
         t_prime = self.param("t", nn.initializers.constant(np.log(self.t_init)), (1,))
         b = None
         if self.b_init is not None:
             b = self.param("b", nn.initializers.constant(self.b_init), (1,))[0]
-        zimg = ztxt = None
+        zimg, ztxt, img, txt = None, None, {}, {}
         if image is not None:
-            zimg, _ = self.encode_image(image, rows=rows, train=train)
+            zimg, img = self.encode_image(image, rows=rows, train=train)
         if text is not None:
-            ztxt, _ = self.encode_text(text, rows=rows, train=train)
-        return zimg, ztxt, {"t": jnp.exp(t_prime[0]), "b": b}
+            ztxt, txt = self.encode_text(text, rows=rows, train=train)
+        return zimg, ztxt, {"t": jnp.exp(t_prime[0]), "b": b, "img": img, "txt": txt}
 
-    def encode_image(self, image, *, rows=None, train: bool = False) -> tuple[Array, dict]:
-        """(zimg, what else the tower gives) alone: needs the parameters of `img` and no others."""
-        return _unit(self.img(to_model_range(image), rows=rows, train=train)), {}
+    def encode_image(
+        self, image, *, rows=None, train: bool = False, capture: tuple[str, ...] = ()
+    ) -> tuple[Float[Array, "n d"], Outputs]:
+        """The image tower alone, which needs the parameters of `img` and no others:
 
-    def encode_text(self, text, *, rows=None, train: bool = False) -> tuple[Array, dict]:
-        """(ztxt, what else the tower gives) alone: needs the parameters of `txt` and no others."""
+            zimg, out = model.apply({"params": {"img": img}}, image, method="encode_image")
+
+        Args:
+          image, rows, train: see __call__.
+          capture: outputs that are computed or kept only where they are asked for, see ViT.
+
+        Returns:
+          zimg [n, d], and the outputs of ViT: tokens, mask, pooled, those of `capture`, and
+          unnormalized [n, d], which zimg is the direction of. Under jit what is not used of them
+          costs nothing.
+        """
+        z, out = self.img(to_model_range(image), rows=rows, train=train, capture=capture)
+        return _unit(z), {**out, "unnormalized": z}
+
+    def encode_text(
+        self, text, *, rows=None, train: bool = False, capture: tuple[str, ...] = ()
+    ) -> tuple[Float[Array, "n d"], Outputs]:
+        """The text tower alone, which needs the parameters of `txt` and no others; like
+        encode_image, with the outputs of TextTransformer."""
         del rows  # nothing in the text tower is random
-        return _unit(self.txt(text, train=train)), {}
+        z, out = self.txt(text, train=train, capture=capture)
+        return _unit(z), {**out, "unnormalized": z}
 
 
 def to_model_range(image: Array | Patches) -> Array | Patches:

@@ -10,7 +10,14 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from siglip.towers.positions import at_patches
 from siglip.towers.precomputed import Precomputed
-from siglip.towers.transformer import Encoder, MAPHead, check_sizes, decode_variant
+from siglip.towers.transformer import (
+    Encoder,
+    MAPHead,
+    Outputs,
+    check_capture,
+    check_sizes,
+    decode_variant,
+)
 
 POOLS = ("map", "gap", "tok")
 PRECOMPUTED = "precomputed"  # as variant: the embeddings of a frozen tower
@@ -65,12 +72,30 @@ class ViT(nn.Module):
         *,
         rows: Int[Array, " n"] | None = None,
         train: bool = False,
-    ) -> Float[Array, "n d"]:
-        """`image` in [-1, 1]. With `train` and `drop_patches` it needs an rng named 'dropout'.
+        capture: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "n d"], Outputs]:
+        """The embedding before it is normalised, and what leads to it.
+
+        Args:
+          image: in [-1, 1].
+          rows: place of each image in the batch, which `drop_patches` depends on.
+          train: with `drop_patches`, patches are dropped; that needs an rng named 'dropout'.
+          capture: what is computed or kept only where it is asked for: 'attention', 'block:i'.
+
+        Returns:
+          z [n, out_dim or width], and a dict with
+            tokens [n, l, width]: after the last LayerNorm; patches row by row, with pool 'tok' the
+              class token first. Where patches are dropped: those that are kept, in random order.
+            mask [n, l]: True for a patch of the image; None where all tokens are (square images).
+            pooled [n, width]: the tokens in one vector, before the head.
+            attention [n, heads, l]: weights of the MAP head, which sum to 1 over l.
+            block:i [n, l, width]: output of block i, float32; from the last one if negative.
 
         Raises:
-          ValueError: Patches for a tower of squares or the other way round, or another patch size.
+          ValueError: Patches for a tower of squares or the other way round, another patch size, or
+            a name in `capture` that is no output of this tower.
         """
+        check_capture(capture, self.depth, self.pool)
         mask = None
         if self.naflex_grid is not None:
             x, mask = self._embed_patches(image)
@@ -82,7 +107,7 @@ class ViT(nn.Module):
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
             x = jnp.concatenate([jnp.tile(cls, (x.shape[0], 1, 1)), x], axis=1)
 
-        x = Encoder(
+        x, captured = Encoder(
             self.depth,
             self.mlp_dim,
             self.num_heads,
@@ -90,17 +115,20 @@ class ViT(nn.Module):
             self.scan,
             self.remat,
             name="Transformer",
-        )(x, mask)
+        )(x, mask, capture)
+        out: Outputs = {"tokens": x, "mask": mask, **captured}
         if self.pool == "map":
-            x = MAPHead(self.mlp_dim, self.num_heads, self.dtype)(x, mask)
+            x, captured = MAPHead(self.mlp_dim, self.num_heads, self.dtype)(x, mask, capture)
+            out.update(captured)
         elif mask is not None:  # a bad example has no patch at all
             count = jnp.maximum(1, mask.sum(axis=1, keepdims=True))
             x = jnp.where(mask[..., None], x, 0).sum(axis=1) / count
         else:
             x = x[:, 0] if self.pool == "tok" else x.mean(axis=1)
+        out["pooled"] = x
         if self.out_dim is not None:
             x = nn.Dense(self.out_dim, dtype=self.dtype, name="head")(x)
-        return x
+        return x, out
 
     def _embed_squares(self, image: Float[Array, "n res res 3"] | Patches) -> Float[Array, "n l d"]:
         """What is left at the right and below after whole patches is not seen, as in released
