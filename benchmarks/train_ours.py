@@ -126,9 +126,10 @@ class Ours:
 
         def embed(params, batch) -> Any:
             rngs = {"dropout": jax.random.key(0)}
-            zimg, ztxt, out = self.model.apply(
+            outputs: Any = self.model.apply(
                 {"params": params}, batch["image"], batch["text"], train=True, rngs=rngs
             )
+            zimg, ztxt, out = outputs
             # Without the tokens: what a program returns, it has to write.
             return zimg, ztxt, {name: out[name] for name in ("t", "b")}
 

@@ -224,7 +224,7 @@ class Encoder(nn.Module):
             )
             x, outputs = layers(name="encoderblock", **sizes)(x, mask)
         else:
-            outputs = []
+            outputs: Any = []
             for i in range(self.depth):
                 x, output = block(name=f"encoderblock_{i}", **sizes)(x, mask)
                 outputs.append(output)
