@@ -71,9 +71,9 @@ def parse(text: str, annotation: Any) -> Any:
 def _parse_union(text: str, annotation: Any, args: tuple) -> Any:
     if text == "None" and types.NoneType in args:
         return None
-    # Any text is a str, so that is tried last, and beside it a tuple needs its brackets.
+    # Any text is a str, so that is tried last, and beside it a tuple needs brackets or quotes.
     for arg in sorted(args, key=lambda arg: arg is str):
-        if _split(arg)[0] is tuple and str in args and text[:1] not in "([":
+        if _split(arg)[0] is tuple and str in args and text[:1] not in "(['\"":
             continue
         try:
             return parse(text, arg)

@@ -31,6 +31,8 @@ from base.errors import UserError
         ("(1, 2)", tuple[int, ...], (1, 2)),
         ("(('a', 1.0),)", tuple, (("a", 1.0),)),
         ("a,b", str | tuple, "a,b"),
+        ("'a','b'", str | tuple, ("a", "b")),
+        ("'a,b'", str | tuple, "a,b"),
         ("(a,b)", str | tuple, ("a", "b")),
         ("{'a': 1}", dict, {"a": 1}),
         ("avg", Literal["max", "avg"], "avg"),
