@@ -14,10 +14,11 @@ import jax
 
 import siglip
 from base.errors import UserError
+from base.words import one_line
 from embedding.job import SHARD_ROWS, Embedded, embed_source
 from input_pipeline.sources.embeddings import KINDS
 from input_pipeline.sources.from_words import make_source, settings_of
-from input_pipeline.sources.storage import is_url, one_line
+from input_pipeline.sources.storage import is_url
 from trainers.machine import compilation
 from trainers.machine.host_memory import keep_freed_memory
 

@@ -18,11 +18,12 @@ import sys
 from typing import Any, NoReturn
 
 from base.errors import UserError
+from base.words import one_line
 from input_pipeline.convert.conversion import Conversion, locked
 from input_pipeline.convert.tfds_files import convert_tfds
 from input_pipeline.convert.writers import WRITERS
 from input_pipeline.sources.from_words import make_source
-from input_pipeline.sources.storage import is_url, one_line
+from input_pipeline.sources.storage import is_url
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 85
 

@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 from base.errors import UserError
+from base.words import one_line
 from input_pipeline.convert.writers import WRITERS, Row
 from input_pipeline.errors import BadExample
-from input_pipeline.sources.storage import one_line
 from input_pipeline.sources.webdataset.source import IMAGES
 
 STATE = "conversion.json"  # in the folder: what was asked for, and what became of each shard

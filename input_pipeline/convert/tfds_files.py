@@ -14,11 +14,10 @@ from typing import Any, BinaryIO, NoReturn
 from google.protobuf.message import DecodeError
 
 from base.errors import UserError
-from base.words import nearest
+from base.words import nearest, one_line
 from input_pipeline.convert.conversion import Progress, config_lines, locked, save
 from input_pipeline.convert.writers import array_record_writer
 from input_pipeline.sources.array_record import Example
-from input_pipeline.sources.storage import one_line
 
 
 def convert_tfds(folder: pathlib.Path, out: pathlib.Path) -> list[str]:

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
+from base.words import one_line
 from input_pipeline.sources.array_record import Example
-from input_pipeline.sources.storage import one_line
 
 ROW_GROUP = 100  # rows of Parquet that are read together: some megabytes of images
 

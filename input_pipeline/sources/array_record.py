@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_generated_pb2 as tf_example
 
 from base.errors import UserError
-from base.words import nearest
+from base.words import nearest, one_line
 from input_pipeline.errors import BadExample
 from input_pipeline.sources.columns import captions, in_threads, weighted_names
 from input_pipeline.sources.storage import (
@@ -26,7 +26,6 @@ from input_pipeline.sources.storage import (
     is_file,
     is_url,
     join,
-    one_line,
     parent,
     read,
 )

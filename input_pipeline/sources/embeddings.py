@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from base.errors import UserError
+from base.words import one_line
 from input_pipeline.sources.columns import in_threads
-from input_pipeline.sources.storage import one_line
 
 MANIFEST = "manifest.json"
 VERSION = 1  # of the files; others are refused

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from base.errors import UserError
-from base.words import nearest
+from base.words import nearest, one_line
 from input_pipeline.errors import BadExample
 from input_pipeline.sources.columns import captions, in_threads, weighted_names
 from input_pipeline.sources.storage import (
@@ -24,7 +24,6 @@ from input_pipeline.sources.storage import (
     is_file,
     is_url,
     join,
-    one_line,
     parent,
     read,
 )

@@ -18,6 +18,7 @@ import fsspec
 import fsspec.core
 
 from base.errors import UserError
+from base.words import one_line
 
 
 def is_url(path: str) -> bool:
@@ -255,10 +256,6 @@ def _file_system(url: str) -> tuple[Any, str]:
 def _connect(url: str) -> tuple[Any, str]:
     # Here alone, so that a shard's file system is made once.
     return fsspec.core.url_to_fs(url)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 _index_folder = "~/.cache/siglip-jax/index"

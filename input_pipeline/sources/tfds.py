@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
 from base.errors import UserError
-from base.words import nearest
+from base.words import nearest, one_line
 from input_pipeline.errors import BadExample
 
 
@@ -84,7 +84,7 @@ class Tfds:
         try:
             texts = _strings(_at(record, self._text)) if self._text else []
         except UnicodeDecodeError as error:
-            told = " ".join(str(error).split())[:200]
+            told = one_line(error)
             raise BadExample("caption not UTF-8", told, id=name, shard=self._folder) from error
         image = bytes(_at(record, self._image))
         example: dict[str, Any] = {"image": image, "texts": texts, "id": name}
@@ -101,7 +101,7 @@ class Tfds:
                 raise ValueError("no record")
             return record
         except Exception as error:  # TFDS and protobuf raise whatever damage leads them to
-            told = " ".join(str(error).split())[:200]
+            told = one_line(error)
             raise BadExample(
                 "damaged record", told, id=f"{self._name}[{i}]", shard=self._folder
             ) from error

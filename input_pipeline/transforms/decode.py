@@ -65,7 +65,7 @@ def decode(image: bytes | np.ndarray, min_side: int = 0) -> UInt8[np.ndarray, "h
     except Image.UnidentifiedImageError as error:
         raise BadExample("unknown image format", f"none of {', '.join(FORMATS)}") from error
     except Exception as error:  # on damaged files decoders raise exceptions of any type
-        detail = one_line(error)[:200] or type(error).__name__
+        detail = one_line(error)
         raise BadExample("damaged image", detail) from error
 
 

@@ -223,4 +223,4 @@ class Preprocess:
 
 
 def _reason(error: Exception) -> str:
-    return one_line(error)[:200] or type(error).__name__
+    return one_line(error)

@@ -89,7 +89,7 @@ class HuggingFace:
         except Exception as error:  # the package raises bare Exception
             raise UserError(
                 f"{path} is not a tokenizer.json of Hugging Face tokenizers "
-                f"({one_line(error)[:200]}); a SentencePiece .model is for tokenizer "
+                f"({one_line(error)}); a SentencePiece .model is for tokenizer "
                 "'sentencepiece'"
             ) from error
         self._tokenizer.no_padding()

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from base.words import one_line
 from siglip import presets
 from siglip.checkpoints.errors import CheckpointError
 from siglip.towers.transformer import SIZES, VARIANTS
@@ -83,7 +84,7 @@ class Spec:
         try:
             return dict(_shapes(json.dumps(dataclasses.asdict(self))))
         except (ValueError, TypeError, KeyError) as error:
-            told = " ".join(str(error).split())[:200]
+            told = one_line(error)
             raise CheckpointError(
                 f"there is no model of img={self.img}, txt={self.txt}: {told}"
             ) from None
@@ -291,7 +292,7 @@ def load(path: pathlib.Path) -> Spec:
     except CheckpointError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        told = " ".join(str(error).split())[:200]
+        told = one_line(error)
         raise CheckpointError(
             f"{path} cannot be read ({told}); delete it or convert again"
         ) from None

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from base.errors import UserError
+from base.words import one_line
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.formats import workdir as workdir_format
 from siglip.checkpoints.weights import compare
@@ -108,7 +109,9 @@ def _or_damaged(path: pathlib.Path, read: Any) -> Any:
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
-        raise DamagedCheckpoint(f"checkpoint {path} cannot be read: {one_line(error)}") from error
+        raise DamagedCheckpoint(
+            f"checkpoint {path} cannot be read: {one_line(error, with_type=True)}"
+        ) from error
 
 
 @functools.cache  # once in a process
@@ -122,12 +125,6 @@ def _silence_late_reads() -> None:
             previous(unraisable)
 
     sys.unraisablehook = hook
-
-
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """'KeyError: ...' without the pages that storage libraries add."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= limit else text[:limit] + " ..."
 
 
 def _check_fits(path: pathlib.Path, saved: PyTree, wanted: PyTree, partial: bool) -> None:

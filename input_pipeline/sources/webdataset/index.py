@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from base.errors import UserError
+from base.words import one_line
 from input_pipeline.errors import BadExample
 from input_pipeline.sources import storage
 from input_pipeline.sources.webdataset.sample import MOST_JSON, Field, Fields
@@ -223,7 +224,7 @@ def make_index(blob: storage.Blob, file: str, layout: Layout) -> None:
     try:
         index = walk(blob, layout)
     except OSError as error:
-        raise UserError(f"{blob.path} cannot be read: {storage.one_line(error)}") from error
+        raise UserError(f"{blob.path} cannot be read: {one_line(error)}") from error
     folder = pathlib.Path(file).parent
     temporary = ""
     try:
@@ -234,7 +235,7 @@ def make_index(blob: storage.Blob, file: str, layout: Layout) -> None:
             os.fsync(out.fileno())
         os.replace(temporary, file)  # at once: others see all of it or nothing
     except OSError as error:
-        raise UserError(f"{folder} takes no index: {storage.one_line(error)}") from error
+        raise UserError(f"{folder} takes no index: {one_line(error)}") from error
     finally:
         if temporary:
             pathlib.Path(temporary).unlink(missing_ok=True)
@@ -253,7 +254,7 @@ def _open_shard(path: str, layout: Layout, folder: str) -> Shard:
     try:
         file = index_file(blob, layout, folder)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {storage.one_line(error)}") from error
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     try:
         return blob, file, open_index(file, layout.columns)[1]
     except (OSError, ValueError):

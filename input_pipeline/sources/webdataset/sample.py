@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
+from base.words import one_line
 from input_pipeline.errors import BadExample
 from input_pipeline.sources import storage
 from input_pipeline.sources.webdataset.tar_headers import (
@@ -59,7 +60,7 @@ def read_sample(
                 for m in members
             ]
     except OSError as error:
-        raise BadExample("damaged record", storage.one_line(error)) from error
+        raise BadExample("damaged record", one_line(error)) from error
     low, span = spans[0]
     name = _name(span[image.start - low : image.data - low])
     example["id"] = f"{base}/{name}"
@@ -108,7 +109,7 @@ class Fields:
             try:
                 parsed = json.loads(_decoded(content)) if content is not None else {}
             except (ValueError, RecursionError) as error:
-                raise BadExample("damaged record", f"JSON: {storage.one_line(error)}") from error
+                raise BadExample("damaged record", f"JSON: {one_line(error)}") from error
             if not isinstance(parsed, dict):
                 raise BadExample("damaged record", "JSON that is no object")
             self._json = parsed
@@ -163,4 +164,4 @@ def _decoded(content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadExample("caption not UTF-8", storage.one_line(error)) from error
+        raise BadExample("caption not UTF-8", one_line(error)) from error

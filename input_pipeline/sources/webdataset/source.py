@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from base.errors import UserError
-from base.words import nearest
+from base.words import nearest, one_line
 from input_pipeline.errors import BadExample
 from input_pipeline.sources import storage
 from input_pipeline.sources.webdataset.index import (
@@ -185,7 +185,7 @@ class WebDataset:
         try:
             same = index_file(blob, self._layout, os.path.dirname(file)) == file
         except OSError as error:
-            detail = storage.one_line(error)
+            detail = one_line(error)
             raise BadExample("damaged record", detail, shard=blob.path) from error
         if not same:  # i would be another sample
             detail = "the shard is not the one that was indexed"

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 from typing import Any
 
+from base.words import one_line
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.formats.sentencepiece_json import read_model, to_tokenizer
 from siglip.checkpoints.spec import Spec
@@ -94,7 +95,7 @@ def _load(path: str) -> Any:
     try:
         return Tokenizer.from_file(path)
     except Exception as error:  # the package raises bare Exception
-        told = " ".join(str(error).split())[:200]
+        told = one_line(error)
         raise CheckpointError(f"{path} is no tokenizer.json ({told})") from None
 
 
@@ -150,7 +151,7 @@ def _write_sentencepiece(path: str, made: Spec, folder: pathlib.Path, *, lower: 
     try:
         processor.Load(path)
     except (RuntimeError, OSError) as error:
-        told = " ".join(str(error).split())[:200]
+        told = one_line(error)
         raise CheckpointError(f"{path} is no SentencePiece model ({told})") from None
     if (most := max(made.eos_id, made.pad_id)) >= processor.GetPieceSize():
         raise _no_id(most)

@@ -7,6 +7,7 @@ before every text. Gemma's has none, and there would get other ids for every tex
 import pathlib
 from typing import Any
 
+from base.words import one_line
 from siglip.checkpoints.errors import CheckpointError
 
 SPACE = "▁"
@@ -42,7 +43,7 @@ def read_model(path: str) -> Any:
     try:
         made.ParseFromString(pathlib.Path(path).read_bytes())
     except (DecodeError, OSError) as error:
-        told = " ".join(str(error).split())[:200]
+        told = one_line(error)
         raise CheckpointError(f"{path} is no SentencePiece model ({told})") from None
     return made
 
