@@ -32,7 +32,8 @@ def create(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
             yield file
         rename(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -5,7 +5,6 @@ What the files are: see input_pipeline/sources/embeddings.py, which reads them.
 
 import fcntl
 import json
-import os
 import pathlib
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
+from base import whole_file
 from base.errors import UserError
 from input_pipeline.errors import BadExample
 from input_pipeline.sources.embeddings import (
@@ -205,9 +205,8 @@ class Store:
     def _save_manifest(self, manifest: dict[str, Any]) -> None:
         text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
         part = self.out / f".{MANIFEST}.{self._process}.part"
-        with part.open("wb") as file:
-            file.write(text.encode())
-        _name(part, self.out / MANIFEST)
+        part.write_bytes(text.encode())
+        whole_file.rename(part, self.out / MANIFEST)
 
     def _is_mine(self, part: pathlib.Path) -> bool:
         """'.image-00007.npy.part' is by its shard, '.manifest.json.1.part' by its process."""
@@ -266,7 +265,7 @@ class Writer:
         with pa.OSFile(part, "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             writer.write_table(table)
         for kind in (*self._arrays, "rows"):  # the rows last
-            _name(self._part(kind), self._out / file_name(kind, self._shard))
+            whole_file.rename(self._part(kind), self._out / file_name(kind, self._shard))
         self.close()
 
     @property
@@ -305,18 +304,6 @@ class _Npy:
         shape = (self.rows, self._d)
         header = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self.file, header)
-
-
-def _name(part: pathlib.Path, file: pathlib.Path) -> None:
-    """Gives a finished file its name; both are on the disk when it returns."""
-    with part.open("rb") as written:
-        os.fsync(written.fileno())
-    os.replace(part, file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _plain(value: Any) -> Any:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from base import whole_file
 from base.errors import UserError
 from base.words import one_line
 from input_pipeline.convert.writers import WRITERS, Row
@@ -91,7 +92,7 @@ class Conversion:
                 # Before the name, so that a shard that has its name has its report.
                 shards[name] = vars(report)
                 save(self.out / STATE, json.dumps(self.state, indent=1))
-                os.replace(part, self.out / name)
+                whole_file.rename(part, self.out / name)
         progress.end()
         if not any(shard["written"] for shard in shards.values()):
             bad = next(iter(shards.values()))["bad"]
@@ -106,12 +107,10 @@ class Conversion:
         """The parts of a table, which were the shards, into one."""
         parts = [self.out / name for name in self.names]
         if not table.exists():
-            whole = self.out / ".pairs.jsonl.part"
-            with whole.open("wb") as file:
+            with whole_file.create(table) as file:
                 for part in parts:
                     with part.open("rb") as rows:
                         shutil.copyfileobj(rows, file)
-            os.replace(whole, table)
         for part in parts:
             part.unlink(missing_ok=True)
 
@@ -280,9 +279,7 @@ def _told(value: Any) -> str:
 
 
 def save(path: pathlib.Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(part, path)
+    whole_file.write_text(path, text, errors="replace")
 
 
 def config_lines(settings: dict[str, str]) -> list[str]:

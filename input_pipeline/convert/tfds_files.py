@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from google.protobuf.message import DecodeError
 
+from base import whole_file
 from base.errors import UserError
 from base.words import nearest, one_line
 from input_pipeline.convert.conversion import Progress, config_lines, locked, save
@@ -119,7 +120,7 @@ def _copy_records(file: pathlib.Path, target: pathlib.Path, count: int, progress
             f"{file} has {written} records, but dataset_info.json says {count}; "
             "copy or prepare the data set again"
         )
-    os.replace(part, target)
+    whole_file.rename(part, target)
 
 
 def _checks_data() -> bool:

@@ -5,7 +5,6 @@ import hashlib
 import os
 import shutil
 import threading
-import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_generated_pb2 as tf_example
 
+from base import whole_file
 from base.errors import UserError
 from base.words import nearest, one_line
 from input_pipeline.errors import BadExample
@@ -290,18 +290,12 @@ def _copy_of(blob: Blob, folder: str) -> str:
 
 
 def _copy(blob: Blob, path: str) -> None:
-    """Under another name until it is whole: several processes may copy, and each may be killed."""
-    part = f"{path}.{uuid.uuid4().hex}"
+    """Copies a file; several processes may do so at once, and each may be killed."""
     try:
-        with open(part, "wb") as file:
+        with whole_file.create(path) as file:
             for offset in range(0, blob.size, PIECE):
                 file.write(blob.read(PIECE, offset))
-            size = file.tell()
-        if size != blob.size:
-            raise OSError(f"{size} bytes came instead of {blob.size}")
-        os.replace(part, path)
+            if file.tell() != blob.size:
+                raise OSError(f"{file.tell()} bytes came instead of {blob.size}")
     except OSError as error:
         raise UserError(f"{blob.path} cannot be copied to {path}: {one_line(error)}") from error
-    finally:
-        if os.path.exists(part):
-            os.unlink(part)

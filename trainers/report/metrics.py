@@ -14,6 +14,8 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 
+from base import whole_file
+
 Images = UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"]
 
 
@@ -113,21 +115,11 @@ class MetricsWriter:
         """Replaces the file by its whole lines whose step is not to be dropped."""
         if not self._path.exists():
             return
-        scratch = self._path.with_suffix(".jsonl.tmp")
-        with self._path.open("rb") as old, scratch.open("wb") as new:
-            dropped = 0
+        with self._path.open("rb") as old, whole_file.create(self._path) as new:
             for line in old:
                 step = _step_of(line)
-                if step is None or drop(step):
-                    dropped += 1
-                else:
+                if step is not None and not drop(step):
                     new.write(line)
-            new.flush()
-            os.fsync(new.fileno())
-        if dropped:
-            os.replace(scratch, self._path)
-        else:
-            scratch.unlink()
 
 
 def _step_of(line: bytes) -> int | None:

@@ -1,17 +1,16 @@
 """The numbers of a run as a file and as a table: {evaluator: {metric: {"value", "chance"}}}."""
 
 import json
-import os
 import pathlib
+
+from base import whole_file
 
 Results = dict[str, dict[str, dict[str, float | None]]]
 
 
 def write_json(path: pathlib.Path, results: Results) -> None:
-    """Replaces the file in one move: it is never half written."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(scratch, path)
+    """Writes or replaces the file as a whole."""
+    whole_file.write_text(path, json.dumps(results, indent=2) + "\n")
 
 
 def table(results: Results) -> str:

@@ -8,12 +8,12 @@ import json
 import os
 import pathlib
 import sys
-import tempfile
 import time
 from typing import NamedTuple
 
 import numpy as np
 
+from base import whole_file
 from base.errors import UserError
 from base.words import one_line
 from input_pipeline.errors import BadExample
@@ -226,19 +226,11 @@ def make_index(blob: storage.Blob, file: str, layout: Layout) -> None:
     except OSError as error:
         raise UserError(f"{blob.path} cannot be read: {one_line(error)}") from error
     folder = pathlib.Path(file).parent
-    temporary = ""
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as out:
-            temporary = out.name
+        with whole_file.create(file) as out:
             np.save(out, index, allow_pickle=False)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)  # at once: others see all of it or nothing
     except OSError as error:
         raise UserError(f"{folder} takes no index: {one_line(error)}") from error
-    finally:
-        if temporary:
-            pathlib.Path(temporary).unlink(missing_ok=True)
 
 
 Shard = tuple[storage.Blob, str, Summary]

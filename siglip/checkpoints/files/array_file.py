@@ -6,12 +6,12 @@ import math
 import os
 import re
 import stat
-import uuid
 from collections.abc import Iterator
 from typing import IO
 
 import numpy as np
 
+from base import whole_file
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files.lazy_array import LazyArray
 
@@ -122,17 +122,10 @@ def write_array(file: io.BufferedIOBase | IO[bytes], leaf: LazyArray) -> None:
 
 
 @contextlib.contextmanager
-def new_file(path: str | os.PathLike) -> Iterator[io.BufferedWriter]:
-    """Under another name until it is whole: nobody meets half a file, and none stays behind."""
-    part = f"{os.fspath(path)}.{uuid.uuid4().hex}.tmp"
+def new_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """whole_file.create, with CheckpointError for a file that cannot be written."""
     try:
-        with open(part, "xb") as file:
+        with whole_file.create(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {reason(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
