@@ -26,12 +26,12 @@ import numpy as np
 from jax import export as jax_export
 from jaxtyping import Array
 
+from base import whole_file
 from siglip.checkpoints import adapt, read, spec
 from siglip.checkpoints.convert import DONE, INTERRUPTED, MISTAKE, Parser
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files import safetensors_file
 from siglip.checkpoints.files.lazy_array import LazyArray
-from siglip.checkpoints.formats.huggingface import folder_at_once
 from siglip.checkpoints.spec import Spec
 from siglip.checkpoints.weights import Weights, insert
 from siglip.towers.vit import Patches
@@ -102,7 +102,7 @@ def export(weights: Weights, folder: pathlib.Path, options: Options) -> dict[str
     names = [name for name in TOWERS if arrays_of(weights, name)]
     if not names:
         raise CheckpointError(f"{weights.source} has no tower with weights to export")
-    with folder_at_once(folder) as scratch:
+    with whole_file.create_folder(folder) as scratch:
         for name in names:
             write_tower(weights, name, scratch, options)
         differences = {name: compare(weights, name, scratch, options) for name in names}

@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from base import whole_file
 from base.errors import UserError
 from base.words import one_line
 from trainers.config import complete
@@ -32,9 +33,7 @@ def save(config: ConfigDict, workdir: str | os.PathLike) -> None:
     """Writes config.json, whole or not at all (a power cut leaves the old one)."""
     file = pathlib.Path(workdir) / CONFIG_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{CONFIG_FILE}.{os.getpid()}")
-    scratch.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    scratch.replace(file)
+    whole_file.write_text(file, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def check_workdir(config: ConfigDict, workdir: str | os.PathLike) -> None:

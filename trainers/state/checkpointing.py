@@ -12,8 +12,9 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from base.errors import UserError
+from base.words import one_line
 from siglip.checkpoints.formats.workdir import FOLDER, steps_on_disk
-from trainers.state.restoring import DamagedCheckpoint, one_line, read_step
+from trainers.state.restoring import DamagedCheckpoint, read_step
 
 
 class SaveError(RuntimeError):
@@ -164,8 +165,9 @@ class Checkpoints:
         failed, self._pending, self._newest = self._pending, None, None
         self._manager.reload()  # the disk decides what is there
         left = max(self._manager.all_steps(), default=None)
+        why = one_line(error, with_type=True)
         raise SaveError(
-            f"checkpoint of step {failed} was not written to {self.directory}: {one_line(error)}; "
+            f"checkpoint of step {failed} was not written to {self.directory}: {why}; "
             + (f"the newest complete one is step {left}" if left is not None else "there is none")
         ) from error
 

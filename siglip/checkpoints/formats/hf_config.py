@@ -33,7 +33,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent} has no {file.name}") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({one_line(error)[:200]})") from None
+        raise CheckpointError(f"{file} cannot be read ({one_line(error)})") from None
     if not isinstance(settings, dict):
         raise CheckpointError(
             f"{file} holds a {type(settings).__name__}, not settings (a JSON object)"

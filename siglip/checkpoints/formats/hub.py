@@ -61,7 +61,7 @@ def fetch(repo: str) -> pathlib.Path:
     except Exception as error:  # no network, no such repository, no permission
         if folder:
             return folder
-        message = one_line(f"{type(error).__name__}: {error}")[:200]
+        message = one_line(error, with_type=True)
         raise CheckpointError(
             f"{repo} is not in the cache of Hugging Face's hub and cannot be downloaded "
             f"({message}); download it elsewhere and pass the folder"

@@ -4,16 +4,13 @@ transformers itself is not needed: names and layouts are in names.py, and config
 processor's files, which are plain JSON, in hf_config.py.
 """
 
-import contextlib
 import dataclasses
-import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
+from base import whole_file
 from siglip.checkpoints import spec
 from siglip.checkpoints.files import safetensors_file
 from siglip.checkpoints.files.lazy_array import LazyArray, of_array
@@ -107,22 +104,8 @@ def write(weights: Weights, folder: pathlib.Path) -> tuple[str, ...]:
     Raises:
       CheckpointError: transformers has no such model.
     """
-    with folder_at_once(folder) as scratch:
+    with whole_file.create_folder(folder) as scratch:
         return _write(weights, scratch)
-
-
-@contextlib.contextmanager
-def folder_at_once(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to write to, which becomes `folder` at the end, or nothing after an error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        os.chmod(scratch, 0o755)  # mkdtemp lets nobody else read it
-        yield scratch
-        scratch.rename(folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def _write(weights: Weights, folder: pathlib.Path) -> tuple[str, ...]:

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from base import whole_file
 from siglip.checkpoints import spec
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files import safetensors_file
 from siglip.checkpoints.files.lazy_array import LazyArray
 from siglip.checkpoints.formats import hf_config, hf_tokenizer, names
-from siglip.checkpoints.formats.huggingface import folder_at_once
 from siglip.checkpoints.spec import Spec
 from siglip.checkpoints.weights import Weights, compare
 from siglip.towers.text import make_text
@@ -195,7 +195,7 @@ def write(weights: Weights, folder: pathlib.Path) -> tuple[str, ...]:
     )
     shapes = {name: array.shape for name, array in weights.arrays.items()}
     theirs = {e.theirs: names.to_theirs(e, weights.arrays) for e in names.open_clip(shapes)}
-    with folder_at_once(folder) as scratch:
+    with whole_file.create_folder(folder) as scratch:
         safetensors_file.write(scratch / MODEL, theirs, {"format": "pt"})
         config, exact = _config_of(contract, name)
         if not exact:

@@ -108,7 +108,7 @@ def _restore(step: pathlib.Path) -> dict[str, np.ndarray]:
     except (MemoryError, PermissionError):
         raise
     except Exception as error:  # whatever broken files raise in Orbax
-        message = one_line(f"{type(error).__name__}: {error}")[:200]
+        message = one_line(error, with_type=True)
         raise CheckpointError(f"checkpoint {step} cannot be read: {message}") from error
     flat = jax.tree_util.tree_leaves_with_path(restored)
     return {"/".join(str(k.key) for k in path): np.asarray(array) for path, array in flat}
