@@ -1,4 +1,4 @@
-"""The losses: definitions, and the ring that equals them."""
+"""Losses over all pairs of a batch: definitions, and a ring over devices that equals them."""
 
 from siglip.losses import ring
 

@@ -1,4 +1,4 @@
-"""How the rows of all devices meet those of each device: three exchanges, and which one when.
+"""Three exchanges that bring the rows of all devices to each device, and the choice among them.
 
 Each device has a block of rows that stays and one that travels. `tour` shows every device the
 travelling blocks of all, and brings home what was gathered for them on the way. All three
@@ -31,7 +31,7 @@ Visit = Callable[[Any, Any, bool], tuple[Any, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """Static: which exchange over which mesh axes. Used inside `shard_map`.
+    """An exchange over some axes of a mesh, used inside `shard_map`. Static.
 
     Attributes:
       name: one of EXCHANGES.
@@ -48,7 +48,7 @@ class Exchange:
     def tour(
         self, visit: Visit, carry: Any, block: Any, *, combine: Callable = jnp.add
     ) -> tuple[Any, Any]:
-        """Visits the blocks of all devices, the own one first.
+        """Calls visit(carry, block, own) for the blocks of all devices, the own one first.
 
         `combine` joins what different devices gathered for a row (jnp.add, jnp.logaddexp).
 
@@ -66,7 +66,7 @@ class Exchange:
         return self._rings(visit, carry, block, combine, cuts=[], ways=(1,))
 
     def _rings(self, visit: Visit, carry, block, combine, *, cuts: list[int], ways):
-        """Part i of every block, cut at `cuts`, travels ways[i] devices a step."""
+        """Cuts every block at `cuts`; part i travels ways[i] devices a step."""
 
         def split(tree):
             parts = [jnp.split(x, cuts) for x in jax.tree.leaves(tree)]
@@ -83,21 +83,21 @@ class Exchange:
         carry, gathered = visit(carry, block, True)
 
         def step(state, last: bool = False):
-            carry, parts, home = state
+            carry, parts, accumulators = state
             arriving = parts if last else hop(parts)  # the last blocks have nowhere left to go
-            home = hop(home)
+            accumulators = hop(accumulators)
             for i, part in enumerate(parts):
-                carry, here = visit(carry, part, False)
-                home[i] = jax.tree.map(combine, home[i], here)
-            return carry, arriving, home
+                carry, gathered = visit(carry, part, False)
+                accumulators[i] = jax.tree.map(combine, accumulators[i], gathered)
+            return carry, arriving, accumulators
 
         state = (carry, arriving, split(gathered))
         if (between := self.devices - 2) > 0:
             loop = functools.partial(lax.scan, length=between, unroll=min(self.unroll, between))
             state, _ = loop(lambda state, _: (step(state), None), state)
-        carry, _, home = step(state, last=True)
-        home = hop(home)  # the D-th hop: every accumulator is where its rows are
-        return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *home)
+        carry, _, accumulators = step(state, last=True)
+        accumulators = hop(accumulators)  # the D-th hop: each one is where its rows are
+        return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *accumulators)
 
     def _hop(self, tree, way: int):
         pairs = [(i, (i + way) % self.devices) for i in range(self.devices)]
@@ -115,23 +115,23 @@ class Exchange:
         carry, own = visit(carry, block, True)
         carry, rest = visit(carry, arriving, False)
 
-        def home(own, rest):
+        def return_to_owners(own, rest):
             everyone = jnp.roll(jnp.concatenate([own, rest]), first, axis=0)
             if combine is jnp.add:
                 return lax.psum_scatter(everyone, self.axes, tiled=True)
             by_device = everyone.reshape(self.devices, rows, *everyone.shape[1:])
-            mine = lax.all_to_all(by_device, self.axes, 0, 0)
-            return functools.reduce(combine, mine)
+            received = lax.all_to_all(by_device, self.axes, 0, 0)
+            return functools.reduce(combine, received)
 
-        return carry, jax.tree.map(home, own, rest)
+        return carry, jax.tree.map(return_to_owners, own, rest)
 
 
-# Which one when
+# The choice of an exchange
 
 # Device kind (its beginning) -> dense matmul FLOP/s in bf16, bytes/s of a link in one direction,
 # seconds before the first byte of a message arrives, whether the links form a torus. Vendors'
 # figures; the latencies are estimates, and a small TPU slice may lack the torus' last link.
-KINDS = {
+DEVICE_KINDS = {
     "TPU v4": (275e12, 45e9, 2e-6, True),
     "TPU v5 lite": (197e12, 45e9, 2e-6, True),
     "TPU v5": (459e12, 90e9, 2e-6, True),
@@ -142,13 +142,15 @@ KINDS = {
     # Emulated devices share the cores and the memory of one machine, see docs/ring.md.
     "cpu": (60e9, 5e9, 5e-4, False),
 }
-UNKNOWN = (300e12, 50e9, 2e-5, False)
-BETWEEN_HOSTS = (50e9, 5e-5)  # GPUs in several hosts: 400 Gb/s each
+UNKNOWN_DEVICE = (300e12, 50e9, 2e-5, False)
+BETWEEN_GPU_HOSTS = (50e9, 5e-5)  # GPUs in several hosts: 400 Gb/s each
 GATHER_BYTES = 2**28  # what `gather` may hold on a device
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
+    """The exchange chosen for a loss, with the estimates that decided it."""
+
     name: str
     seconds: dict[str, float]  # estimate for one loss with gradients, by exchange
     why: str
@@ -164,10 +166,10 @@ def choose(mesh: Mesh, *, n: int, d: int, devices: int, itemsize: int) -> Choice
       n, d: rows and width of a block. itemsize: bytes of a travelling number.
     """
     device = mesh.devices.flat[0]
-    kind = next((k for k in KINDS if device.device_kind.startswith(k)), None)
-    flops, wire, latency, torus = KINDS[kind] if kind else UNKNOWN
+    kind = next((k for k in DEVICE_KINDS if device.device_kind.startswith(k)), None)
+    flops, wire, latency, torus = DEVICE_KINDS[kind] if kind else UNKNOWN_DEVICE
     if device.platform == "gpu" and len({x.process_index for x in mesh.devices.flat}) > 1:
-        wire, latency = BETWEEN_HOSTS
+        wire, latency = BETWEEN_GPU_HOSTS
     flops = flops / 4 if itemsize == 4 and device.platform != "cpu" else flops  # f32 in passes
     visit = 6 * n * n * d / flops
     block = n * d * (itemsize + 4) / wire  # embeddings and their float32 accumulator

@@ -1,4 +1,4 @@
-"""Mean and greatest logit of the positives and of the negatives of a batch, to watch training."""
+"""Mean and largest logit of the positives and of the negatives of a batch, to watch training."""
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,13 @@ def logit_stats(
     mesh: Mesh,
     rows: int = 256,
 ) -> dict[str, Float[Array, ""]]:
-    """Over the pairs of the global batch whose two rows are both True in `mask`.
+    """Statistics of the logits of all pairs of the global batch whose rows are True in `mask`.
 
     The mean over negatives needs no logits: sum_ij x_i.y_j = (sum_i x_i).(sum_j y_j). Only their
     maximum meets every pair: one matmul, `rows` images at a time, texts round the ring.
+
+    Args:
+      rows: images whose logits with a block of texts are in memory at a time.
 
     Returns:
       pos_logit_mean, pos_logit_max, neg_logit_mean, neg_logit_max (-inf without negatives).
@@ -39,7 +42,7 @@ def logit_stats(
 
 
 def _max_negative(mesh: Mesh, rows: int, zimg, ztxt, mask) -> Array:
-    """The greatest cosine of an image with the text of another image."""
+    """The largest cosine of an image with the text of another image, over all devices."""
     axes, devices = tuple(mesh.axis_names), mesh.size
     to_next = [(i, (i + 1) % devices) for i in range(devices)]
 
@@ -47,7 +50,7 @@ def _max_negative(mesh: Mesh, rows: int, zimg, ztxt, mask) -> Array:
         n = len(x)
 
         def visit(carry, step):
-            greatest, text = carry
+            largest, text = carry
             y, mask_y = text
 
             def tile(args):
@@ -56,13 +59,13 @@ def _max_negative(mesh: Mesh, rows: int, zimg, ztxt, mask) -> Array:
                 own_pair = (lax.iota(jnp.int32, n) == i) & (step == 0)
                 return jnp.max(s, where=mask_y & valid_i & ~own_pair, initial=-jnp.inf)
 
-            here = lax.map(tile, (lax.iota(jnp.int32, n), x, mask_x), batch_size=min(rows, n))
+            maxima = lax.map(tile, (lax.iota(jnp.int32, n), x, mask_x), batch_size=min(rows, n))
             text = jax.tree.map(lambda a: lax.ppermute(a, axes, to_next), text)
-            return (jnp.maximum(greatest, here.max()), text), None
+            return (jnp.maximum(largest, maxima.max()), text), None
 
         start = lax.pcast(jnp.float32(-jnp.inf), axes, to="varying")
-        (greatest, _), _ = lax.scan(visit, (start, (y, mask_x)), jnp.arange(devices))
-        return lax.pmax(greatest, axes)
+        (largest, _), _ = lax.scan(visit, (start, (y, mask_x)), jnp.arange(devices))
+        return lax.pmax(largest, axes)
 
     spec = PartitionSpec(axes)
     f = jax.shard_map(tour, mesh=mesh, in_specs=(spec,) * 3, out_specs=PartitionSpec())

@@ -1,4 +1,4 @@
-"""Selecting an image's negatives over the global batch (arXiv 2303.15343, section 4.8).
+"""The selection of each image's negatives over the global batch (arXiv 2303.15343, section 4.8).
 
 Exact, wherever the negatives are, in O(n) memory: the score of a negative is mapped to an unsigned
 integer of the same order (pairs.Pairs.key), and the key of the `ratio`-th greatest is found four
@@ -10,59 +10,59 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, UInt32
 
-from siglip.losses.tiles import Here, Tile
+from siglip.losses.tiles import Shard, Tile
 
 DIGITS, BITS = 8, 4  # of a key
 
 
-def least_kept(here: Here, y):
-    """The key that an image's negatives must reach to be kept [n]; None where all are."""
-    call, rule = here.call, here.call.pairs
-    if rule.negatives == "all":
+def least_kept_key(shard: Shard, y) -> UInt32[Array, " n"] | None:
+    """The key that an image's negatives must reach to be kept; None where all are kept."""
+    plan, pairs = shard.plan, shard.plan.pairs
+    if pairs.negatives == "all":
         return None
-    travels = None if rule.negatives == "random" else y  # a hash needs no embeddings
+    travelling = None if pairs.negatives == "random" else y  # a hash needs no embeddings
 
     def digit(i, least):
         bounds = digit_bounds(least, i)
 
-        def count(counts, pairs: Tile):
-            keys = rule.key(pairs.s, pairs.img, pairs.txt, here.seed)
-            candidates = jnp.ones(keys.shape, bool) if pairs.counted is None else pairs.counted
-            if pairs.positive is not None:
-                candidates = candidates & ~pairs.positive
+        def count(counts, tile: Tile):
+            keys = pairs.key(tile.s, tile.img, tile.txt, shard.seed)
+            candidates = jnp.ones(keys.shape, bool) if tile.counted is None else tile.counted
+            if tile.positive is not None:
+                candidates = candidates & ~tile.positive
             return counts + count_reaching(keys, candidates, bounds), None
 
-        counts = call.zeros(bounds.shape, 0, jnp.int32)
-        counts, _ = here.tour(count, counts, travels, here.rows, lambda m: None)
-        return next_least(least, counts, bounds, rule.ratio)
+        counts = plan.zeros(bounds.shape, 0, jnp.int32)
+        counts, _ = shard.tour(count, counts, travelling, shard.rows, lambda m: None)
+        return next_least(least, counts, bounds, pairs.ratio)
 
-    start = call.zeros((len(here.x),), 0, jnp.uint32)
+    start = plan.zeros((len(shard.x),), 0, jnp.uint32)
     return lax.fori_loop(0, DIGITS, digit, start)
 
 
-def kept(here: Here, pairs: Tile, least):
-    """Which pairs of a tile count, the selection of negatives included; None for all."""
+def kept(shard: Shard, tile: Tile, least):
+    """Mask of the pairs of a tile that count, the selection of negatives included; None for all."""
     if least is None:
-        return pairs.counted
-    keep = here.call.pairs.key(pairs.s, pairs.img, pairs.txt, here.seed) >= least[None, :]
-    keep = keep if pairs.positive is None else keep | pairs.positive
-    return keep if pairs.counted is None else keep & pairs.counted
+        return tile.counted
+    keep = shard.plan.pairs.key(tile.s, tile.img, tile.txt, shard.seed) >= least[None, :]
+    keep = keep if tile.positive is None else keep | tile.positive
+    return keep if tile.counted is None else keep & tile.counted
 
 
 def digit_bounds(least: UInt32[Array, " r"], digit: int | Array) -> UInt32[Array, "r 15"]:
-    """What the least kept key is at least, for each value 1.. of its digit (0: the leading one)."""
+    """Lower bounds of the least kept key, for each value 1 to 15 of its digit (0: the leading)."""
     shift = jnp.uint32(32 - BITS) - jnp.uint32(BITS) * jnp.asarray(digit, jnp.uint32)
     values = jnp.arange(1, 2**BITS, dtype=jnp.uint32)
     return least[:, None] | (values << shift)[None]
 
 
 def count_reaching(
-    keys: UInt32[Array, "c r"], wanted: Bool[Array, "c r"], bounds: UInt32[Array, "r 15"]
+    keys: UInt32[Array, "c r"], candidates: Bool[Array, "c r"], bounds: UInt32[Array, "r 15"]
 ) -> Int[Array, "r 15"]:
-    """How many of the wanted keys of a column reach each of its bounds."""
+    """The number of candidates of each column whose key reaches each of its bounds."""
     # One at a time, by a loop that no compiler undoes: no array of 15 times the size of a tile.
     counts = lax.map(
-        lambda bound: jnp.sum((keys >= bound[None]) & wanted, axis=0, dtype=jnp.int32), bounds.T
+        lambda bound: jnp.sum((keys >= bound[None]) & candidates, axis=0, dtype=jnp.int32), bounds.T
     )
     return counts.T
 
@@ -73,6 +73,6 @@ def next_least(
     bounds: UInt32[Array, "r 15"],
     ratio: int,
 ) -> UInt32[Array, " r"]:
-    """The greatest bound that `ratio` keys reach. With fewer keys in a row, all reach the 0."""
+    """The greatest bound that `ratio` keys reach; 0, which all reach, where there are fewer."""
     best = jnp.max(jnp.where(counts >= ratio, bounds, jnp.uint32(0)), axis=1)
     return jnp.maximum(least, best)

@@ -1,4 +1,4 @@
-"""Which pairs of a batch are positive, which negative, and which take no part in the loss.
+"""The rules for which pairs of a batch are positive, negative, or left out of the loss.
 
 Plainly, pair (i, j) is positive where i == j and negative elsewhere (arXiv 2303.15343, Alg. 1).
 Two options change that, for the definition (`labels`) and the ring (`Pairs`) alike:
@@ -26,7 +26,7 @@ DUPLICATES = ("negative", "ignore", "positive")
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """The options, see above. `ratio` is the number of negatives that an image keeps."""
+    """The options of pairs, see above. `ratio` is the number of negatives that an image keeps."""
 
     negatives: str = "all"
     ratio: int = 0
@@ -65,11 +65,11 @@ class Pairs:
     def label(
         self, img: dict, txt: dict, diagonal: Bool[Array, "r c"] | None
     ) -> tuple[Array | None, Array | None]:
-        """(positive, counted) of pairs, each broadcast over pairs, or None for none and for all.
+        """Masks (positive, counted) over pairs; None where no pair is positive, where all count.
 
         Args:
-          img, txt: of the rows of each side, shaped to broadcast against each other: 'mask', and
-            'ids' with a trailing axis. Absent where there are none.
+          img, txt: properties of the images and of the texts, shaped to broadcast against each
+            other: 'mask', and 'ids' with a trailing axis. Absent where there are none.
           diagonal: True where both rows are one example; None where none are.
         """
         positive, counted = diagonal, None
@@ -85,7 +85,7 @@ class Pairs:
         return positive, counted
 
     def key(self, s: Float[Array, "r c"], img: dict, txt: dict, seed) -> UInt32[Array, "r c"]:
-        """Orders negatives: those with the greatest keys are kept. `s` are cosines."""
+        """Keys that order negatives: those with the largest are kept. `s` are cosines."""
         if self.negatives == "random":
             return pair_hash(seed, img["index"], txt["index"])
         # Negated for easy ones, and -0 is 0. Unsigned order of the bits is then that of the
@@ -104,7 +104,7 @@ def labels(
     ids: Int[Array, "n k"] | None = None,
     seed: int = 0,
 ) -> Int[Array, "n n"]:
-    """The definition: +1 for positive pairs, -1 for negative ones, 0 for those left out."""
+    """The labels z of definitions.sigmoid_loss: +1 positive, -1 negative, 0 left out."""
     n = len(zimg)
     rows = {"index": jnp.arange(n)}
     rows |= {} if mask is None else {"mask": mask}
@@ -123,31 +123,30 @@ def labels(
 
 
 def facing(rows: dict, columns: dict) -> tuple[dict, dict]:
-    """Two sets of row properties, shaped to broadcast against each other over pairs."""
+    """Properties of two sets of rows, shaped to broadcast against each other over pairs."""
     down = {k: jnp.expand_dims(v, 1) for k, v in rows.items()}
     across = {k: jnp.expand_dims(v, 0) for k, v in columns.items()}
     return down, across
 
 
-# Hashes
+# Ids and hashes
 
 
 def pair_hash(seed, i: Int[Array, "..."], j: Int[Array, "..."]) -> UInt32[Array, "..."]:
-    """Equally distributed over 32 bits for every (seed, i, j); the same on every device."""
+    """A hash of (seed, i, j), uniform over 32 bits and the same on every device."""
     row = _mix(i.astype(jnp.uint32) ^ _mix(jnp.asarray(seed, jnp.uint32)))
     return _mix(row + _mix(j.astype(jnp.uint32) ^ jnp.uint32(0x9E3779B9)))
 
 
 def ids(text: Int[Array, "n l"], index: Int[Array, " n"] | None = None) -> Int[Array, "n k"]:
-    """Of a batch: equal captions (empty ones too) are duplicates, and so is an example that is in
-    it twice."""
+    """Ids of the rows of a batch: rows with equal captions (empty ones too) agree in a column, and
+    so do rows that are the same example."""
     columns = [row_hash(text)] + ([] if index is None else [index])
     return jnp.stack(columns, axis=1)
 
 
 def row_hash(tokens: Int[Array, "n l"]) -> Int[Array, " n"]:
-    """31 bits of each row of integers, for ids: equal rows have equal ones, and of 2**31 unequal
-    pairs of rows about one as well."""
+    """A 31-bit hash of each row: equal rows agree, and of 2**31 pairs of unequal rows about one."""
     h = jnp.zeros(len(tokens), jnp.uint32)
     for column in range(tokens.shape[1]):
         h = _mix(h * jnp.uint32(31) + tokens[:, column].astype(jnp.uint32) + jnp.uint32(1))
@@ -162,7 +161,7 @@ def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
 
 
 def log_odds(batch_size: int, ratio: int = 0) -> float:
-    """The bias at which the sigmoid is the share p of positives among the pairs: log(p / (1 - p)).
+    """The bias log(p / (1 - p)), at which the sigmoid is the share p of positives among the pairs.
 
     p = 1 / N over all pairs of a batch; 1 / (1 + ratio) where an image keeps `ratio` negatives.
     """
@@ -171,5 +170,6 @@ def log_odds(batch_size: int, ratio: int = 0) -> float:
 
 
 def check_ids(pairs: Pairs, ids: jax.Array | None) -> None:
+    """Raises ValueError where the options need ids and there are none."""
     if pairs.duplicates != "negative" and ids is None:
         raise ValueError(f"duplicates {pairs.duplicates!r} needs ids of the rows")

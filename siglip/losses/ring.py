@@ -5,8 +5,8 @@ accumulator of their gradient, while images, and the gradient of the images, sta
 dL/dl is elementwise in the logits l = t x.y + b, the visit of a text block gives its share of the
 loss and of every gradient at once: three matmuls, nothing is recomputed and nothing is kept. Inside
 a device a block is cut into tiles, so memory beyond the inputs is O(n d) plus a tile, whatever D is
-(arXiv 2303.15343, section 3.3; `losses` has the definitions). A tower without gradient costs no
-matmul, and its embeddings are what travels, without an accumulator.
+(arXiv 2303.15343, section 3.3). Values and gradients are those of definitions.py. A tower without
+gradient costs no matmul, and its embeddings are what travels, without an accumulator.
 
 The softmax needs the log-sum-exp of every row and column before its first gradient, so it makes
 two tours: one matmul for those, then the same three.
@@ -14,7 +14,6 @@ two tours: one matmul for those, then the same three.
 
 import dataclasses
 import functools
-import logging
 import math
 from typing import Any
 
@@ -23,14 +22,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from siglip.losses import exchange as exchanges
-from siglip.losses import pairs as pair_rules
 from siglip.losses.definitions import Loss
-from siglip.losses.negatives import kept, least_kept
+from siglip.losses.negatives import kept, least_kept_key
 from siglip.losses.pairs import Pairs
-from siglip.losses.tiles import Call, Here, Tile, Want, loss_over_mesh, matmul
-
-DTYPES = ("float32", "bfloat16")
+from siglip.losses.plan import LossPlan, check_options, make_plan, matmul
+from siglip.losses.tiles import Shard, Tile, Wanted, loss_over_mesh
 
 
 def make_sigmoid_loss(
@@ -45,9 +41,9 @@ def make_sigmoid_loss(
     ratio: int = 0,
     duplicates: str = "negative",
 ) -> Loss:
-    """The loss for the trainer, over all axes of `mesh`; options as in `sigmoid_loss`."""
+    """The sigmoid loss for the trainer, over all axes of `mesh`; options as in `sigmoid_loss`."""
     options: dict[str, Any] = dict(exchange=exchange, dtype=dtype, tile=tile, unroll=unroll)
-    _check_options(**options)
+    check_options(**options)
     pairs = Pairs(negatives, ratio, duplicates)
     fn = functools.partial(
         sigmoid_loss, mesh=mesh, pairs=pairs, relative_bias=relative_bias, **options
@@ -66,7 +62,7 @@ def make_softmax_loss(
 ) -> Loss:
     """CLIP's loss for the trainer, over all axes of `mesh`; options as in `softmax_loss`."""
     options: dict[str, Any] = dict(exchange=exchange, dtype=dtype, tile=tile, unroll=unroll)
-    _check_options(**options)
+    check_options(**options)
     pairs = _softmax_pairs(Pairs(duplicates=duplicates))
     fn = functools.partial(softmax_loss, mesh=mesh, pairs=pairs, **options)
     return Loss(fn, chance=math.log, needs=pairs.needs)
@@ -90,10 +86,10 @@ def sigmoid_loss(
     relative_bias: bool = False,
     pairs: Pairs = Pairs(),  # noqa: B008
 ) -> Float[Array, ""]:
-    """`losses.sigmoid_loss` of global arrays, with exact gradients, in O(n d) memory per device.
+    """definitions.sigmoid_loss of global arrays, with exact gradients, in O(n d) memory a device.
 
-    Without differentiation only the loss is computed (one matmul instead of three), and where one
-    side's gradient is not asked for, two matmuls.
+    Without differentiation only the loss is computed: one matmul instead of three. Where only one
+    side's gradient is asked for, it is two.
 
     Args:
       zimg, ztxt, t, b, mask: as in the definition. Row i lives on device i // n.
@@ -109,17 +105,18 @@ def sigmoid_loss(
       tile: rows of a travelling block whose logits are in memory at a time; 0 chooses.
       unroll: steps of the ring per iteration of its loop. More can overlap more, and costs memory.
       relative_bias: logits are t (x.y - b) instead of t x.y + b.
-      pairs: duplicates and selection of negatives, see `pairs`.
+      pairs: duplicates and selection of negatives, see pairs.py.
 
     Raises:
       ValueError: N is not a multiple of the number of devices, or shapes or options do not fit.
     """
     b = jnp.asarray(0.0 if b is None else b)
     b = -t * b if relative_bias else b
-    call = _plan(zimg, ztxt, mesh, axes, exchange, dtype, tile, unroll, pairs, ids)
+    options = dict(axes=axes, exchange=exchange, dtype=dtype, tile=tile, unroll=unroll)
+    plan = make_plan(zimg, ztxt, ids, mesh=mesh, pairs=pairs, **options)
     seed = jnp.uint32(seed % 2**32) if isinstance(seed, int) else seed
-    rows = _rows(call, mask, ids)
-    return loss_over_mesh(_sigmoid, call, zimg, ztxt, jnp.asarray(t), b, rows, seed)
+    rows = _rows(plan, mask, ids)
+    return loss_over_mesh(_sigmoid, plan, zimg, ztxt, jnp.asarray(t), b, rows, seed)
 
 
 def softmax_loss(
@@ -138,153 +135,24 @@ def softmax_loss(
     unroll: int = 1,
     pairs: Pairs = Pairs(),  # noqa: B008
 ) -> Float[Array, ""]:
-    """`losses.softmax_loss` of global arrays, with exact gradients, in O(n d) memory per device.
+    """definitions.softmax_loss of global arrays, with exact gradients, in O(n d) memory a device.
 
     Four matmuls with gradients, one without. Arguments and errors as in `sigmoid_loss`; of the
     options of `pairs` only duplicates='ignore' is defined: such pairs are no candidates.
     """
     del b  # cancels in both softmaxes
     _softmax_pairs(pairs)
-    call = _plan(zimg, ztxt, mesh, axes, exchange, dtype, tile, unroll, pairs, ids)
-    rows = _rows(call, mask, ids)
+    options = dict(axes=axes, exchange=exchange, dtype=dtype, tile=tile, unroll=unroll)
+    plan = make_plan(zimg, ztxt, ids, mesh=mesh, pairs=pairs, **options)
+    rows = _rows(plan, mask, ids)
     zero = jnp.float32(0)
-    return loss_over_mesh(_softmax, call, zimg, ztxt, jnp.asarray(t), zero, rows, jnp.uint32(0))
+    return loss_over_mesh(_softmax, plan, zimg, ztxt, jnp.asarray(t), zero, rows, jnp.uint32(0))
 
 
-# The losses, as one device sees them
-
-
-def _sigmoid(here: Here, y, want: Want):
-    """One device's part of the sigmoid loss: (loss, dx, dy, dt, db)."""
-    call, (n, d) = here.call, here.x.shape
-    least = least_kept(here, y)
-
-    def tile(carry, pairs: Tile):
-        (nll_sum, gs_sum, g_sum), dx = carry
-        logits = here.t * pairs.s + here.b
-        signed = logits if pairs.positive is None else jnp.where(pairs.positive, -logits, logits)
-        small = jnp.exp(-jnp.abs(logits))  # never overflows
-        nll = jnp.where(signed >= 0, signed, 0) + jnp.log1p(small)  # softplus
-        g = jnp.where(signed >= 0, 1, small) / (1 + small)  # sigmoid
-        if pairs.positive is not None:
-            g = jnp.where(pairs.positive, -g, g)
-        counted = kept(here, pairs, least)
-        if counted is not None:
-            nll, g = jnp.where(counted, nll, 0), jnp.where(counted, g, 0)
-        if want.nothing:
-            return ((nll_sum + nll.sum(), gs_sum, g_sum), dx), None
-        sums = (nll_sum + nll.sum(), gs_sum + (g * pairs.s).sum(), g_sum + g.sum())
-        g = g.astype(call.dtype)
-        dx = dx + call.transposed_matmul(g, pairs.y) if want.stay else dx
-        return (sums, dx), (matmul(g, here.x) if want.go else None)
-
-    zero = call.zeros(())
-    carry = ((zero,) * 3, call.zeros((n, d)) if want.stay else None)
-    gathered = lambda m: call.zeros((m, d)) if want.go else None  # noqa: E731
-    (sums, dx), dy = here.tour(tile, carry, y, here.rows, gathered)
-
-    # One all-reduce of a few floats. Scaling by t / N comes last: g stays a normal number in bf16.
-    loss, dt, db, pairs = call.psum(jnp.stack([*sums, here.count()]))
-    pairs = jnp.maximum(pairs, 1)
-    dx, dy = (None if g is None else g * (here.t / pairs) for g in (dx, dy))
-    return loss / pairs, dx, dy, dt / pairs, db / pairs
-
-
-def _softmax(here: Here, y, want: Want):
-    """One device's part of the softmax loss: (loss, dx, dy, dt, 0)."""
-    call, (n, d) = here.call, here.x.shape
-
-    # Logits less that of the row's own pair: near 0 where it matters, with all their digits.
-    own = here.t * jnp.sum(here.x.astype(jnp.float32) * y.astype(jnp.float32), axis=1)
-    rows = {**here.rows, "own": own}
-    here = dataclasses.replace(here, rows=rows)
-
-    def logits_less(pairs: Tile, *names: str):
-        """Of the direction whose queries stay, and of that whose queries travel."""
-        logits = here.t * pairs.s
-        if pairs.positive is not None:  # the very number that is taken off: its softmax can be 1
-            logits = jnp.where(pairs.positive, pairs.txt["own"], logits)
-        if pairs.counted is not None:
-            logits = jnp.where(pairs.counted, logits, -jnp.inf)
-        stay, go = (pairs.txt, pairs.img) if here.swap else (pairs.img, pairs.txt)
-        return (logits - sum(side[name] for name in names) for side in (stay, go))
-
-    def log_sums(row, pairs: Tile):
-        stay, go = logits_less(pairs, "own")
-        return jnp.logaddexp(row, jax.nn.logsumexp(stay, axis=0)), jax.nn.logsumexp(go, axis=1)
-
-    nothing = functools.partial(call.zeros, fill=-jnp.inf)
-    row, column = here.tour(
-        log_sums, nothing((n,)), y, rows, lambda m: nothing((m,)), combine=jnp.logaddexp
-    )
-    nll = row + column
-    nll = jnp.where(rows["mask"], nll, 0) if "mask" in rows else nll
-
-    def tile(carry, pairs: Tile):
-        gs_sum, dx = carry
-        to_stay, to_go = logits_less(pairs, "own", "lse")
-        g = jnp.exp(to_stay) + jnp.exp(to_go)
-        if pairs.positive is not None:
-            wanted = pairs.positive if pairs.counted is None else pairs.positive & pairs.counted
-            g = jnp.where(wanted, g - 2, g)
-        gs_sum = gs_sum + (g * pairs.s).sum()
-        g = g.astype(call.dtype)
-        dx = dx + call.transposed_matmul(g, pairs.y) if want.stay else dx
-        return (gs_sum, dx), (matmul(g, here.x) if want.go else None)
-
-    dx = dy = None
-    gs_sum = call.zeros(())
-    if not want.nothing:
-        # Rows without candidates have -inf, which would turn exp(-inf - -inf) into a NaN.
-        row, column = (jnp.where(jnp.isfinite(lse), lse, 0) for lse in (row, column))
-        here = dataclasses.replace(here, rows={**rows, "lse": row})
-        (gs_sum, dx), dy = here.tour(
-            tile,
-            (gs_sum, call.zeros((n, d)) if want.stay else None),
-            y,
-            {**rows, "lse": column},
-            lambda m: call.zeros((m, d)) if want.go else None,
-        )
-    loss, dt, pairs = call.psum(jnp.stack([nll.sum(), gs_sum, here.count()]))
-    twice = 2 * jnp.maximum(pairs, 1)
-    dx, dy = (None if g is None else g * (here.t / twice) for g in (dx, dy))
-    return loss / twice, dx, dy, dt / twice, jnp.float32(0)
-
-
-# What is static
-
-
-def _plan(zimg, ztxt, mesh, axes, exchange, dtype, tile, unroll, pairs, ids) -> Call:
-    axes = tuple(axes) or tuple(mesh.axis_names)
-    if missing := [axis for axis in axes if axis not in mesh.shape]:
-        raise ValueError(f"the mesh has the axes {', '.join(mesh.shape)}, not {missing[0]!r}")
-    devices = math.prod(mesh.shape[axis] for axis in axes)
-    dtype = jnp.dtype(zimg.dtype if dtype is None else dtype)
-    _check_options(exchange, dtype.name, tile, unroll)
-    if zimg.shape != ztxt.shape or zimg.ndim != 2:
-        raise ValueError(f"zimg {zimg.shape} and ztxt {ztxt.shape} must be two arrays [N, d]")
-    if len(zimg) % devices:
-        raise ValueError(f"{len(zimg)} pairs do not divide over {devices} devices of axes {axes}")
-    pair_rules.check_ids(pairs, ids)
-    n, d = len(zimg) // devices, zimg.shape[1]
-    if exchange == "auto":
-        choice = exchanges.choose(mesh, n=n, d=d, devices=devices, itemsize=dtype.itemsize)
-        logging.getLogger(__name__).info("exchange %s (%s)", choice.name, choice.why)
-        exchange = choice.name
-    tile = tile or _default_tile(n, mesh.devices.flat[0].platform)
-    return Call(mesh, exchanges.Exchange(exchange, axes, devices, unroll), tile, dtype, pairs)
-
-
-def _check_options(exchange: str, dtype: str, tile: int, unroll: int) -> None:
-    if exchange not in ("auto", *exchanges.EXCHANGES):
-        options = ", ".join(("auto", *exchanges.EXCHANGES))
-        raise ValueError(f"exchange {exchange!r} is none of {options}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} of the loss is none of {', '.join(DTYPES)}")
-    if tile < 0:
-        raise ValueError(f"tile must be a number of rows, or 0 to choose, not {tile}")
-    if unroll < 1:
-        raise ValueError(f"unroll must be at least 1, not {unroll}")
+def _rows(plan: LossPlan, mask, ids) -> dict[str, Array]:
+    """The properties of the N rows that the loss needs; they travel with the embeddings."""
+    rows = {} if mask is None else {"mask": mask}
+    return rows | ({"ids": ids} if plan.pairs.duplicates != "negative" else {})
 
 
 def _softmax_pairs(pairs: Pairs) -> Pairs:
@@ -293,13 +161,102 @@ def _softmax_pairs(pairs: Pairs) -> Pairs:
     return pairs
 
 
-def _default_tile(n: int, platform: str) -> int:
-    # On a CPU about a megabyte of f32 logits, which stays in a cache. On an accelerator a gigabyte:
-    # large matmuls. Not so few rows that matmuls starve.
-    return max(256, (2**18 if platform == "cpu" else 2**28) // n)
+# The losses as one device computes them
 
 
-def _rows(call: Call, mask, ids) -> dict[str, Array]:
-    """What is known of the N rows, and needed: it travels with the embeddings."""
-    rows = {} if mask is None else {"mask": mask}
-    return rows | ({"ids": ids} if call.pairs.duplicates != "negative" else {})
+def _sigmoid(shard: Shard, y, wanted: Wanted):
+    """One device's part of the sigmoid loss: (loss, dx, dy, dt, db)."""
+    plan, (n, d) = shard.plan, shard.x.shape
+    least = least_kept_key(shard, y)
+
+    def visit(carry, tile: Tile):
+        (nll_sum, gs_sum, g_sum), dx = carry
+        logits = shard.t * tile.s + shard.b
+        signed = logits if tile.positive is None else jnp.where(tile.positive, -logits, logits)
+        small = jnp.exp(-jnp.abs(logits))  # never overflows
+        nll = jnp.where(signed >= 0, signed, 0) + jnp.log1p(small)  # softplus
+        g = jnp.where(signed >= 0, 1, small) / (1 + small)  # sigmoid
+        if tile.positive is not None:
+            g = jnp.where(tile.positive, -g, g)
+        counted = kept(shard, tile, least)
+        if counted is not None:
+            nll, g = jnp.where(counted, nll, 0), jnp.where(counted, g, 0)
+        if wanted.nothing:
+            return ((nll_sum + nll.sum(), gs_sum, g_sum), dx), None
+        sums = (nll_sum + nll.sum(), gs_sum + (g * tile.s).sum(), g_sum + g.sum())
+        g = g.astype(plan.dtype)
+        dx = dx + plan.transposed_matmul(g, tile.y) if wanted.stay else dx
+        return (sums, dx), (matmul(g, shard.x) if wanted.travel else None)
+
+    zero = plan.zeros(())
+    carry = ((zero,) * 3, plan.zeros((n, d)) if wanted.stay else None)
+    accumulators = lambda m: plan.zeros((m, d)) if wanted.travel else None  # noqa: E731
+    (sums, dx), dy = shard.tour(visit, carry, y, shard.rows, accumulators)
+
+    # One all-reduce of a few floats. Scaling by t / N comes last: g stays a normal number in bf16.
+    loss, dt, db, count = plan.psum(jnp.stack([*sums, shard.count()]))
+    count = jnp.maximum(count, 1)
+    dx, dy = (None if g is None else g * (shard.t / count) for g in (dx, dy))
+    return loss / count, dx, dy, dt / count, db / count
+
+
+def _softmax(shard: Shard, y, wanted: Wanted):
+    """One device's part of the softmax loss: (loss, dx, dy, dt, 0)."""
+    plan, (n, d) = shard.plan, shard.x.shape
+
+    # Logits less that of the row's own pair: near 0 where it matters, with all their digits.
+    own = shard.t * jnp.sum(shard.x.astype(jnp.float32) * y.astype(jnp.float32), axis=1)
+    rows = {**shard.rows, "own": own}
+    shard = dataclasses.replace(shard, rows=rows)
+
+    def shifted_logits(tile: Tile, *names: str):
+        """Logits less the named properties of their query, for both softmax directions: queries
+        that stay, queries that travel."""
+        logits = shard.t * tile.s
+        if tile.positive is not None:  # the very number that is taken off: its softmax can be 1
+            logits = jnp.where(tile.positive, tile.txt["own"], logits)
+        if tile.counted is not None:
+            logits = jnp.where(tile.counted, logits, -jnp.inf)
+        stay, travel = (tile.txt, tile.img) if shard.swap else (tile.img, tile.txt)
+        return (logits - sum(side[name] for name in names) for side in (stay, travel))
+
+    def log_sums(row, tile: Tile):
+        stay, travel = shifted_logits(tile, "own")
+        return jnp.logaddexp(row, jax.nn.logsumexp(stay, axis=0)), jax.nn.logsumexp(travel, axis=1)
+
+    empty = functools.partial(plan.zeros, fill=-jnp.inf)
+    row, column = shard.tour(
+        log_sums, empty((n,)), y, rows, lambda m: empty((m,)), combine=jnp.logaddexp
+    )
+    nll = row + column
+    nll = jnp.where(rows["mask"], nll, 0) if "mask" in rows else nll
+
+    def visit(carry, tile: Tile):
+        gs_sum, dx = carry
+        stay, travel = shifted_logits(tile, "own", "lse")
+        g = jnp.exp(stay) + jnp.exp(travel)
+        if tile.positive is not None:
+            positive = tile.positive if tile.counted is None else tile.positive & tile.counted
+            g = jnp.where(positive, g - 2, g)
+        gs_sum = gs_sum + (g * tile.s).sum()
+        g = g.astype(plan.dtype)
+        dx = dx + plan.transposed_matmul(g, tile.y) if wanted.stay else dx
+        return (gs_sum, dx), (matmul(g, shard.x) if wanted.travel else None)
+
+    dx = dy = None
+    gs_sum = plan.zeros(())
+    if not wanted.nothing:
+        # Rows without candidates have -inf, which would turn exp(-inf - -inf) into a NaN.
+        row, column = (jnp.where(jnp.isfinite(lse), lse, 0) for lse in (row, column))
+        shard = dataclasses.replace(shard, rows={**rows, "lse": row})
+        (gs_sum, dx), dy = shard.tour(
+            visit,
+            (gs_sum, plan.zeros((n, d)) if wanted.stay else None),
+            y,
+            {**rows, "lse": column},
+            lambda m: plan.zeros((m, d)) if wanted.travel else None,
+        )
+    loss, dt, count = plan.psum(jnp.stack([nll.sum(), gs_sum, shard.count()]))
+    twice = 2 * jnp.maximum(count, 1)
+    dx, dy = (None if g is None else g * (shard.t / twice) for g in (dx, dy))
+    return loss / twice, dx, dy, dt / twice, jnp.float32(0)

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from siglip.losses import definitions, ring
 from siglip.losses.exchange import EXCHANGES, choose
 from siglip.losses.pairs import Pairs, labels, log_odds
+from siglip.losses.plan import default_tile_rows
 
 MESHES = [(1,), (2,), (3,), (4,), (8,), (2, 2), (4, 2)]
 
@@ -309,7 +310,7 @@ def test_temporary_memory_per_device_does_not_grow_with_the_devices(exchange, lo
     n, d = 1024, 256
     temp = {k: temporary(k, n, d, loss=loss, exchange=exchange) for k in (4, 8)}
     assert temp[8] == pytest.approx(temp[4], rel=0.01)
-    tile = ring._default_tile(n, "cpu") * n * 4
+    tile = default_tile_rows(n, "cpu") * n * 4
     assert temp[8] <= 26 * n * d + tile + SCALARS
     # The definition, sharded by XLA, grows with D: this is what the ring is for.
     assert temp[8] < 0.1 * 4 * n * (8 * n) * 3
@@ -318,7 +319,7 @@ def test_temporary_memory_per_device_does_not_grow_with_the_devices(exchange, lo
 @pytest.mark.parametrize("tile", [0, 96, 128])
 def test_memory_is_26_bytes_a_number_and_a_tile_whatever_the_tile(tile):
     n, d = 1024, 512
-    logits = (tile or ring._default_tile(n, "cpu")) * n * 4
+    logits = (tile or default_tile_rows(n, "cpu")) * n * 4
     assert temporary(8, n, d, tile=tile) <= 26 * n * d + logits + SCALARS
 
 
@@ -398,7 +399,7 @@ def test_auto_takes_the_exchange_with_the_least_estimate_and_logs_it(caplog):
     assert small.name == "gather" and large.name == "ring"
     assert large.seconds["ring"] <= large.seconds["bidirectional"]
     zimg, ztxt, t, b = inputs(64, 4, 10.0, -10.0)
-    with caplog.at_level("INFO", "siglip.losses.ring"):
+    with caplog.at_level("INFO", "siglip.losses.plan"):
         ring.sigmoid_loss(zimg, ztxt, t, b, mesh=mesh)
     assert "exchange gather (cpu, n=8, d=4, D=8: ring" in caplog.text
 
