@@ -17,8 +17,8 @@ _ELEMENTS = 2**25  # similarities in memory at a time, over all devices: 128 MB
 
 
 class Neighbours(NamedTuple):
-    """Row i of both belongs to query i; the nearest comes first, of equally near ones the smaller
-    row."""
+    """Scores and rows of each query's neighbours, the nearest first; of equal ones the smaller row
+    comes first."""
 
     scores: Float[np.ndarray, "m k"]
     rows: Int[np.ndarray, "m k"]
@@ -50,7 +50,7 @@ def nearest(
     blocks = _blocks(queries, replicated(mesh))
     chunk = _chunk_rows(n, max(1, min(QUERIES, len(queries))), mesh.size)
     step = _make_step(mesh, k)
-    best = [_nothing(len(block), k, mesh) for block in blocks]
+    best = [_no_neighbours(len(block), k, mesh) for block in blocks]
     for number, first in enumerate(range(0, n, chunk)):
         rows = np.asarray(index[first : first + chunk])
         _check_finite(rows, f"rows {first} to {first + len(rows) - 1} of the index")
@@ -58,7 +58,7 @@ def nearest(
         placed = to_device(batch, mesh)
         # The chunk before is done, so that no more than two are in memory.
         jax.block_until_ready(best)
-        best = [step(block, placed, np.int32(number), *found) for block, found in zip(blocks, best)]
+        best = [step(block, placed, np.int32(number), *old) for block, old in zip(blocks, best)]
     scores, chunks, places = (np.concatenate(parts) for parts in zip(*jax.device_get(best)))
     rows = chunks.astype(np.int64) * chunk + places  # int32 ends at 2 billion rows
     return Neighbours(scores[: len(queries)], rows[: len(queries)])
@@ -66,7 +66,7 @@ def nearest(
 
 @functools.lru_cache(maxsize=8)
 def _make_step(mesh: Mesh, k: int):
-    """(queries, chunk, its number, best so far) -> best of both."""
+    """A jitted function (queries, chunk, its number, *best so far) -> best of both."""
     split = PartitionSpec(mesh.axis_names)
 
     def local(queries, z, real) -> tuple[Array, Array]:
@@ -95,9 +95,10 @@ def _make_step(mesh: Mesh, k: int):
     return jax.jit(step, out_shardings=replicated(mesh))
 
 
-def _nothing(m: int, k: int, mesh: Mesh) -> tuple[Array, Array, Array]:
-    found = np.full((m, k), -np.inf, np.float32), np.zeros((m, k), np.int32)
-    return jax.device_put((*found, found[1]), replicated(mesh))
+def _no_neighbours(m: int, k: int, mesh: Mesh) -> tuple[Array, Array, Array]:
+    """Scores, chunks and places [m, k] that any neighbour beats."""
+    scores, places = np.full((m, k), -np.inf, np.float32), np.zeros((m, k), np.int32)
+    return jax.device_put((scores, places, places), replicated(mesh))
 
 
 def _blocks(queries: np.ndarray, sharding) -> list[Array]:
@@ -117,6 +118,6 @@ def _pad(x: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(x, [(0, rows - len(x)), (0, 0)])
 
 
-def _check_finite(x: np.ndarray, told: str) -> None:
+def _check_finite(x: np.ndarray, name: str) -> None:
     if not np.isfinite(x).all():
-        raise UserError(f"{told} are not finite: embed them again")
+        raise UserError(f"{name} are not finite: embed them again")

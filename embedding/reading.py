@@ -1,4 +1,4 @@
-"""Rows of a source on their way to being embedded: their order, and what the host keeps."""
+"""Reading examples for embedding: their order, what waits for results, how many may be bad."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,19 +9,20 @@ from base.errors import UserError
 from input_pipeline.bad_examples import BadExamples
 from input_pipeline.errors import BadExample
 
-TRIES = 64  # examples from all over the source, for one that shows what a row is like
+SAMPLES = 64  # examples read from all over the source until one shows the shapes of a row
+MIN_SAMPLE = 1000  # rows, of which more than half are bad only where something is wrong with all
 
 
 class Slots(Sequence[int]):
-    """Rows of the source in the order in which they are embedded, for whole batches: after the last
-    row of a shard follow places without one, -1.
+    """The indices of the rows to embed, shard after shard, each shard filled up with -1 to whole
+    batches.
 
     Args:
-      examples: of the source.
-      shards: ascending.
+      examples: the length of the source.
+      shards: the shards to embed, ascending.
 
     Attributes:
-      rows: how many of the places have a row.
+      rows: the number of slots that hold a row.
     """
 
     def __init__(self, examples: int, shards: Sequence[int], shard_rows: int, batch_size: int):
@@ -35,14 +36,14 @@ class Slots(Sequence[int]):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, place: Any) -> int:
-        which, inside = divmod(place, self._padded)
-        row = self._shards[which] * self._size + inside
-        return row if inside < self._size and row < self._examples else -1
+    def __getitem__(self, slot: Any) -> int:
+        shard, offset = divmod(slot, self._padded)
+        row = self._shards[shard] * self._size + offset
+        return row if offset < self._size and row < self._examples else -1
 
 
-class Row(NamedTuple):
-    """What the host keeps of an example until its embeddings are there."""
+class PendingRow(NamedTuple):
+    """The part of an example that the host keeps until its embeddings are there."""
 
     id: str
     shard: str
@@ -54,27 +55,36 @@ class Row(NamedTuple):
     bad: BadExample | None
 
 
-class Reader:
-    """Examples to rows of a batch, in the loader's threads; what is no array waits in `taken`."""
+class ExampleReader:
+    """Makes rows of image batches, in the loader's threads, and keeps the rest for `take`.
+
+    Args:
+      zeros: see zeros_of.
+    """
 
     def __init__(self, source: Any, preprocess: Any, zeros: dict[str, np.ndarray]):
         self._source, self._preprocess, self._texts = source, preprocess, "text" in zeros
         self.zeros = {key: value for key, value in zeros.items() if key != "text"}
-        self._rows: dict[int, Row] = {}  # one operation each, so threads need no lock
+        self._rows: dict[int, PendingRow] = {}  # one operation each, so threads need no lock
 
     def row(self, i: int) -> dict[str, np.ndarray]:
+        """The image of example i, or zeros for a bad one and for i = -1, and its index as 'row'.
+
+        Raises:
+          UserError: the image has another shape than the others.
+        """
         fields = self.zeros
         if i >= 0:
             example: dict[str, Any] = {}
             try:
                 example = self._source[i]
                 fields = self._preprocess.pixels(example) if self.zeros else {}
-                self._rows[i] = self._row(example)
+                self._rows[i] = self._pending(example)
             except BadExample as error:
                 fields = self.zeros
                 name = error.id or _text(example.get("id", f"[{i}]"))
                 shard = error.shard or example.get("shard", "")
-                self._rows[i] = Row(name, shard, [], [], None, None, None, error)
+                self._rows[i] = PendingRow(name, shard, [], [], None, None, None, error)
         for key, like in self.zeros.items():
             if fields[key].shape != like.shape or fields[key].dtype != like.dtype:
                 raise UserError(
@@ -83,10 +93,11 @@ class Reader:
                 )
         return {**fields, "row": np.asarray(i, np.int64)}
 
-    def taken(self, i: int) -> Row:
+    def take(self, i: int) -> PendingRow:
+        """What is kept of example i, which `row` has read; it is forgotten here."""
         return self._rows.pop(i)
 
-    def _row(self, example: dict[str, Any]) -> Row:
+    def _pending(self, example: dict[str, Any]) -> PendingRow:
         texts, label = [_text(text) for text in example["texts"]], example.get("label")
         languages, weights = example.get("languages"), example.get("weights")
         for parallel in (languages, weights):
@@ -94,7 +105,7 @@ class Reader:
                 raise BadExample("damaged record", f"{len(parallel)} of {len(texts)} texts")
         if label is not None and not -(2**63) <= label < 2**63:
             raise BadExample("damaged record", f"its label is {label}")
-        return Row(
+        return PendingRow(
             _text(example["id"]),
             example.get("shard", ""),
             texts,
@@ -107,18 +118,18 @@ class Reader:
 
 
 def zeros_of(source: Any, preprocess: Any, what: Sequence[str]) -> dict[str, np.ndarray]:
-    """Empty rows: the fields of an image and `text`, as far as they are embedded."""
+    """One row of zeros: the fields of an image and `text`, of what is to be embedded."""
     zeros: dict[str, np.ndarray] = {}
     if "image" in what:
-        zeros |= {k: np.zeros_like(v) for k, v in _one(source, preprocess).items()}
+        zeros |= {k: np.zeros_like(v) for k, v in _sample_image(source, preprocess).items()}
     if "text" in what:
         zeros["text"] = np.zeros_like(preprocess.text(""))
     return zeros
 
 
-def _one(source: Any, preprocess: Any) -> dict[str, np.ndarray]:
-    """The image of any good example, from all over the source."""
-    bad, tries = BadExamples(), min(TRIES, len(source))
+def _sample_image(source: Any, preprocess: Any) -> dict[str, np.ndarray]:
+    """The image of the first good example among SAMPLES from all over the source."""
+    bad, tries = BadExamples(), min(SAMPLES, len(source))
     for i in range(tries):
         example: dict[str, Any] = {}
         try:
@@ -131,5 +142,47 @@ def _one(source: Any, preprocess: Any) -> dict[str, np.ndarray]:
 
 
 def _text(value: Any) -> str:
-    """As it can be written: half a character pair becomes '?'."""
+    """The value as text that UTF-8 can encode: a lone surrogate becomes '?'."""
     return str(value).encode("utf-8", "replace").decode("utf-8")
+
+
+class BadExampleLimit:
+    """Counts the bad examples of this process's shards, and stops once they are too many.
+
+    Args:
+      rows: of this process's shards.
+      allowed: the fraction of them that may be bad.
+      earlier: bad examples, with their ids, of shards that earlier runs completed.
+
+    Raises:
+      UserError: too many are bad; `add` raises it too.
+    """
+
+    def __init__(self, rows: int, allowed: float, earlier: Sequence[tuple[BadExample, str]]):
+        self.bad, self._rows, self._allowed = BadExamples(), rows, allowed
+        for error, name in earlier:
+            self.bad.record(error, name)
+        self._earlier, self._read = self.bad.count, 0
+        self._check()
+
+    def add(self, rows: Sequence[PendingRow]) -> None:
+        for row in rows:
+            if row.bad is not None:
+                self.bad.record(row.bad, row.id, row.shard)
+        self._read += len(rows)
+        self._check()
+
+    def _check(self) -> None:
+        count, new = self.bad.count, self.bad.count - self._earlier
+        # Among few examples one is a large fraction, so a single one stops no run that allows any.
+        too_many = count > max(self._allowed * self._rows, 1 if self._allowed else 0)
+        # Catch a disk that fails mid-run; the fraction of all rows rises too slowly.
+        failing = self._read >= MIN_SAMPLE and new > max(0.5, self._allowed) * self._read
+        if too_many or failing:
+            share = f"{new} of {self._read}" if failing else f"{count} of {self._rows}"
+            kinds = ", ".join(f"{n} {kind}" for kind, n in self.bad.kinds().items())
+            raise UserError(
+                f"{share} examples cannot be used ({kinds}), more than max_bad_fraction="
+                f"{self._allowed}; the worst: {self.bad.worst()}; mend them and embed into a new "
+                "folder, or allow more"
+            )

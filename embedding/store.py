@@ -1,4 +1,4 @@
-"""The folder of embeddings while it is written: shards that are there or not, whatever kills us.
+"""The folder of embeddings while it is written: a shard is complete or absent, whatever kills us.
 
 What the files are: see input_pipeline/sources/embeddings.py, which reads them.
 """
@@ -29,20 +29,21 @@ from input_pipeline.sources.embeddings import (
 )
 
 LOCK = ".lock"
-# Not part of what is embedded: a run that goes on may have others.
-FREE = ("jax", "done", "rows", "texts", "bad", "model")  # the hash of the parameters decides
-COUNTS = 2**40  # in the lock, from here on: how many processes there are
-PAUSE = 0.2  # seconds between looks for the manifest of process 0
+# Keys of the manifest that may differ in a run that continues. The model's name is one of them, as
+# the hash of the parameters decides.
+NOT_COMPARED = ("jax", "done", "rows", "texts", "bad", "model")
+FIRST_COUNT_BYTE = 2**40  # byte FIRST_COUNT_BYTE + n of the lock stands for n processes
+POLL_SECONDS = 0.2  # between looks for the manifest of process 0
 
 
 class Store:
     """The shards of one process. Shard k belongs to process k modulo process_count.
 
-    A file gets its name when it is on the disk, and that of the rows comes last: a shard without
-    it is made again, so a kill or a power cut leaves neither a gap nor a row twice.
+    A file gets its name when it is on the disk, and the file of the rows comes last: a shard
+    without it is made again, so a kill or a power cut leaves neither a gap nor a row twice.
 
     Args:
-      out: the folder, new or that of an earlier run of the same.
+      out: the folder, new or that of an earlier run with the same settings.
       manifest: what is embedded. Process 0 writes it, the others wait for it.
       wait: seconds that they wait.
       tell: takes lines for people.
@@ -52,7 +53,8 @@ class Store:
 
     Attributes:
       manifest: what is embedded.
-      shards, rows: of this process. left: the shards that are not there yet.
+      shards: of this process. missing: those of them that are not on disk yet.
+      rows: the number of rows in the shards of this process.
     """
 
     def __init__(
@@ -68,20 +70,20 @@ class Store:
         self.out, self.manifest = pathlib.Path(out).expanduser(), _plain(manifest)
         self.manifest |= {"version": VERSION, "done": False}
         self._process, self._processes = process_index, process_count
-        self._writers: list[Writer] = []
+        self._writers: list[ShardWriter] = []
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {out} is a file; give a new folder")
         self.out.mkdir(parents=True, exist_ok=True)
-        self._lock = self._locked()
+        self._lock = self._acquire_lock()
         try:
-            self._agree(wait)
+            self._agree_on_manifest(wait)
             for part in self.out.glob(".*.part"):
                 if self._is_mine(part):
                     part.unlink()
             self.shards = range(process_index, shard_count(self.manifest), process_count)
-            self.rows = sum(map(self._size, self.shards))
-            self.left = [k for k in self.shards if not self._is_whole(k, tell)]
-            if self.left and self._on_disk()["done"]:  # somebody deleted or damaged a shard
+            self.rows = sum(map(self._rows_of, self.shards))
+            self.missing = [k for k in self.shards if not self._is_complete(k, tell)]
+            if self.missing and self._on_disk()["done"]:  # somebody deleted or damaged a shard
                 self._save_manifest(self.manifest)
         except BaseException:
             self.close()
@@ -98,25 +100,25 @@ class Store:
             writer.close()
         self._lock.close()
 
-    def writer(self, shard: int) -> "Writer":
-        """A shard to be written; close() closes it, finished or not."""
+    def writer(self, shard: int) -> "ShardWriter":
+        """A writer of a shard; close() of the store closes it, finished or not."""
         kinds, d, dtype = self.manifest["what"], self.manifest["d"], self.manifest["dtype"]
         self._writers = [writer for writer in self._writers if not writer.closed]
-        self._writers.append(Writer(self.out, shard, kinds, d, dtype))
+        self._writers.append(ShardWriter(self.out, shard, kinds, d, dtype))
         return self._writers[-1]
 
-    def ends_with(self, row: int) -> bool:
+    def ends_shard(self, row: int) -> bool:
         """Whether a row of the source is the last of its shard."""
-        k, inside = divmod(row, self.manifest["shard_rows"])
-        return inside + 1 == self._size(k)
+        k, offset = divmod(row, self.manifest["shard_rows"])
+        return offset + 1 == self._rows_of(k)
 
     def bad(self) -> list[tuple[BadExample, str]]:
-        """Bad examples of this process's whole shards, with their ids."""
-        return [bad for k in self.shards if k not in self.left for bad in self._bad(k)]
+        """The bad examples in the complete shards of this process, with their ids."""
+        return [bad for k in self.shards if k not in self.missing for bad in self._bad(k)]
 
     def finish(self) -> dict[str, Any] | None:
-        """Marks the folder as done where all shards of all processes are there, and returns the
-        manifest; else None. Whichever process sees it may do so: all would write the same."""
+        """Marks the folder as done and returns the manifest; None while shards are missing. Any
+        process may do so: all would write the same."""
         everything = range(shard_count(self.manifest))
         if not all((self.out / file_name("rows", k)).exists() for k in everything):
             return None
@@ -135,15 +137,15 @@ class Store:
         self._save_manifest(done)
         return done
 
-    def _size(self, k: int) -> int:
+    def _rows_of(self, k: int) -> int:
         rows = self.manifest["shard_rows"]
         return min(rows, self.manifest["examples"] - k * rows)
 
-    def _locked(self) -> BinaryIO:
-        """A byte of the lock for each process; it goes with the process, however that ends."""
+    def _acquire_lock(self) -> BinaryIO:
+        """Locks the byte of this process; the system frees it however the process ends."""
         file = (self.out / LOCK).open("a+b")
         try:
-            self._lock_count(file)
+            self._lock_process_count(file)
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._process)
         except (BlockingIOError, PermissionError) as error:
             file.close()
@@ -155,12 +157,12 @@ class Store:
             pass  # a file system without locks: two runs of one command are the user's to avoid
         return file
 
-    def _lock_count(self, file: BinaryIO) -> None:
-        """All that write here at a time agree on how many they are, else shards had two owners:
-        each holds a share of the byte of its number, and nobody may hold another byte."""
-        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, COUNTS + self._processes)
-        before = (self._processes, COUNTS)
-        after = (COUNTS, COUNTS + self._processes + 1)
+    def _lock_process_count(self, file: BinaryIO) -> None:
+        """Makes sure that all that write here at a time agree on the number of processes, else a
+        shard had two owners: each shares the byte of its number, and nobody may hold another."""
+        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, FIRST_COUNT_BYTE + self._processes)
+        before = (self._processes, FIRST_COUNT_BYTE)
+        after = (FIRST_COUNT_BYTE, FIRST_COUNT_BYTE + self._processes + 1)
         try:
             for length, first in (before, after):
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, first)
@@ -172,8 +174,8 @@ class Store:
                 "start this one with its number"
             ) from error
 
-    def _agree(self, wait: float) -> None:
-        """Writes or awaits manifest.json; refuses one of something else."""
+    def _agree_on_manifest(self, wait: float) -> None:
+        """Writes or awaits manifest.json, and refuses one of another embedding."""
         if self._process == 0 and not (self.out / MANIFEST).exists():
             others = [path.name for path in self.out.iterdir() if not path.name.startswith(".")]
             if others:
@@ -189,14 +191,14 @@ class Store:
                     f"process 0 wrote no {self.out / MANIFEST} within {wait:.0f} s; is it running, "
                     "with the same --out?"
                 )
-            time.sleep(PAUSE)
+            time.sleep(POLL_SECONDS)
         before = self._on_disk()
         for key, value in _flat(self.manifest).items():
             was = _flat(before).get(key)
-            if was != value and key.partition(".")[0] not in FREE:
+            if was != value and key.partition(".")[0] not in NOT_COMPARED:
                 raise UserError(
-                    f"--out {self.out} is of another embedding, {key} {_told(was)} instead of "
-                    f"{_told(value)}; give a new folder"
+                    f"--out {self.out} is of another embedding, {key} {_short(was)} instead of "
+                    f"{_short(value)}; give a new folder"
                 )
 
     def _on_disk(self) -> dict[str, Any]:
@@ -215,7 +217,7 @@ class Store:
             return part.name == f".{MANIFEST}.{self._process}.part"
         return number.isdecimal() and int(number) % self._processes == self._process
 
-    def _is_whole(self, k: int, tell: Callable[[str], None]) -> bool:
+    def _is_complete(self, k: int, tell: Callable[[str], None]) -> bool:
         if not (self.out / file_name("rows", k)).exists():
             return False
         try:
@@ -229,19 +231,22 @@ class Store:
     def _bad(self, k: int) -> list[tuple[BadExample, str]]:
         rows = open_shard(str(self.out), k, self.manifest).rows
         kinds = rows.column("bad").to_numpy()
-        found = np.flatnonzero(kinds != "")
-        ids = rows.column("id").take(pa.array(found)).to_pylist()
-        return [(BadExample(kinds[row]), name) for row, name in zip(found, ids)]
+        bad = np.flatnonzero(kinds != "")
+        ids = rows.column("id").take(pa.array(bad)).to_pylist()
+        return [(BadExample(kinds[row]), name) for row, name in zip(bad, ids)]
 
 
-class Writer:
-    """A shard: embeddings as they come, rows, then the names. Memory is that of the rows' texts."""
+class ShardWriter:
+    """Writes a shard: embeddings as they come, the rows at the end, then the files get their names.
+
+    The rows, with their texts, are in memory until then.
+    """
 
     def __init__(self, out: pathlib.Path, shard: int, kinds: list[str], d: int, dtype: str):
         self._out, self._shard = out, shard
         self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
         self._texts = 0
-        self._arrays = {kind: _Npy(self._part(kind), d, dtype) for kind in kinds}
+        self._arrays = {kind: _GrowingNpy(self._part(kind), d, dtype) for kind in kinds}
 
     def row(self, **values: Any) -> None:
         """The next row; see SCHEMA, without text_offset."""
@@ -254,6 +259,11 @@ class Writer:
         self._arrays[kind].append(z)
 
     def finish(self) -> None:
+        """Writes the rows and names the files.
+
+        Raises:
+          AssertionError: embeddings are missing.
+        """
         sizes = {"image": len(self._columns["index"]), "text": self._texts}
         for kind in KINDS:
             if kind in self._arrays and self._arrays[kind].rows != sizes[kind]:
@@ -280,7 +290,7 @@ class Writer:
         return self._out / f".{file_name(kind, self._shard)}.part"
 
 
-class _Npy:
+class _GrowingNpy:
     """A .npy file [rows, d] that grows. The bytes are those that np.save would write."""
 
     def __init__(self, path: pathlib.Path, d: int, dtype: str):
@@ -307,7 +317,7 @@ class _Npy:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """The value as JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(value))
 
 
@@ -320,6 +330,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _told(value: Any) -> str:
+def _short(value: Any) -> str:
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,4 +1,4 @@
-"""Parameters -> numbers. Each evaluator counts every example once, on any number of processes."""
+"""Evaluators: parameters -> numbers, each example counted once on any number of processes."""
 
 from evaluators import loss, retrieval, zeroshot
 

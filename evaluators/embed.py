@@ -14,12 +14,13 @@ from base.errors import UserError
 from evaluators.strict_source import ADVICE
 from input_pipeline import loader
 from input_pipeline.errors import BadExample
-from siglip.sharding import replicated, to_device
-from siglip.towers.vit import IMAGE_FIELDS, images_of
+from siglip.embed import embed_batch
+from siglip.sharding import check_batch_size, replicated, to_device
+from siglip.towers.vit import IMAGE_FIELDS
 
 
 class Embedder:
-    """The model as a function from examples to rows of NumPy arrays.
+    """Embeds whole sets of examples, on every device of every process.
 
     Args:
       model, mesh, preprocess: see the evaluators.
@@ -30,14 +31,12 @@ class Embedder:
     """
 
     def __init__(self, model, mesh: Mesh, preprocess, batch_size: int):
-        check_batch_size(batch_size, mesh)
+        check_batch_size("an evaluator's batch_size", batch_size, mesh)
         self._mesh, self._preprocess, self._batch_size = mesh, preprocess, batch_size
 
         def embed(params, batch: dict[str, Array]) -> dict[str, Array]:
-            image, text = images_of(batch), batch.get("text")
-            zimg, ztxt, _ = model.apply({"params": params}, image=image, text=text, train=False)
             rest = {k: v for k, v in batch.items() if k not in (*IMAGE_FIELDS, "text")}
-            return {**rest, "z": ztxt if zimg is None else zimg}
+            return {**rest, "z": embed_batch(model, params, batch)}
 
         self._embed = jax.jit(embed, out_shardings=replicated(mesh))
 
@@ -91,7 +90,11 @@ def _real_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def host_batches(examples: Sequence, fn: Callable, batch_size: int) -> loader.Batches:
-    """This process's rows of batches of `batch_size`; every example once, the last one padded."""
+    """This process's rows of batches of `batch_size`, each example once and the last batch padded.
+
+    Raises:
+      UserError: there are no examples.
+    """
     if not len(examples):
         raise UserError("there is nothing to evaluate on: the source has no examples")
     return loader.eval_batches(
@@ -118,21 +121,11 @@ def fetch(fn: Callable, params, batches: loader.Batches, mesh: Mesh) -> Iterator
     yield jax.tree.map(np.asarray, running)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    if batch_size < 1 or batch_size % mesh.size:
-        near = max(1, round(batch_size / mesh.size)) * mesh.size
-        raise UserError(
-            f"an evaluator's batch_size={batch_size} does not divide over {mesh.size} devices; "
-            f"the nearest that does is {near}"
-        )
-
-
 def eval_image(preprocess, example: dict) -> dict[str, np.ndarray]:
-    """The image without augmentation, as fields of a row (vit.IMAGE_FIELDS). An evaluation
-    never skips one that does not decode.
+    """The image without augmentation, as fields of a row (vit.IMAGE_FIELDS).
 
     Raises:
-      UserError: it does not decode.
+      UserError: it does not decode; an evaluation skips nothing.
     """
     try:
         return preprocess.pixels(example)
@@ -142,20 +135,20 @@ def eval_image(preprocess, example: dict) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Tokenised texts: text i is distinct[index[i]]."""
+    """Tokenised texts, equal ones kept once: text i is distinct[index[i]]."""
 
     distinct: Int[np.ndarray, "u l"]
     index: Int[np.ndarray, " n"]
 
 
 def tokenize(preprocess, texts: Sequence[str]) -> Tokens:
-    """Cleans and tokenises; texts that become the same tokens are kept once."""
+    """Cleans and tokenises texts. Those that become the same tokens are kept once."""
     return Tokens(*unique_rows(np.stack([preprocess.text(text) for text in texts])))
 
 
 def unique_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(distinct rows in order of first appearance, int32 index) with x == distinct[index]."""
-    place: dict[bytes, int] = {}
-    index = np.array([place.setdefault(row.tobytes(), len(place)) for row in x], np.int32)
+    seen: dict[bytes, int] = {}
+    index = np.array([seen.setdefault(row.tobytes(), len(seen)) for row in x], np.int32)
     first = np.unique(index, return_index=True)[1]
     return x[first], index

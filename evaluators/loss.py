@@ -1,8 +1,8 @@
 """The training loss on held-out pairs.
 
-The loss is a property of a batch, not of a pair: a pair is compared with the others of its batch,
-so the value grows with batch_size (with a model that knows nothing, like ln n) and only losses of
-equal batch_size compare. The chance level grows in the same way.
+The loss is a property of a batch, not of a pair, as each pair is compared with the others of its
+batch. So the value grows with batch_size, like ln n for a model that knows nothing, and the chance
+level grows with it: only losses of equal batch_size compare.
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from base.errors import UserError
-from evaluators.embed import check_batch_size, eval_image, fetch, host_batches
+from evaluators.embed import eval_image, fetch, host_batches
 from evaluators.strict_source import ADVICE
 from siglip.losses.definitions import Loss
 from siglip.losses.facts import facts
-from siglip.sharding import replicated
+from siglip.sharding import check_batch_size, replicated
 from siglip.towers.vit import images_of
 
 SEED = 0  # of what is random in a loss: the same parameters always get the same number
@@ -42,7 +42,7 @@ class Evaluator:
     def __init__(
         self, model, mesh: Mesh, preprocess, source, loss_fn: Loss, *, batch_size: int = 256
     ):
-        check_batch_size(batch_size, mesh)
+        check_batch_size("an evaluator's batch_size", batch_size, mesh)
         self._mesh, self._preprocess, self._source = mesh, preprocess, source
         self._batch_size = batch_size
         self._chance = loss_fn.chance

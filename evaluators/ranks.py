@@ -29,10 +29,10 @@ def best_match_ranks(
     """
     xp = sims.__array_namespace__()
     matches = query_group[:, None] == candidate_group[None, :]
-    best = xp.max(xp.where(matches, sims, -xp.inf), axis=1, keepdims=True)
-    first = xp.argmax(matches & (sims == best), axis=1)[:, None]
+    nearest = xp.max(xp.where(matches, sims, -xp.inf), axis=1, keepdims=True)
+    first = xp.argmax(matches & (sims == nearest), axis=1)[:, None]
     index = xp.arange(sims.shape[1])[None, :]
-    return xp.sum((sims > best) | ((sims == best) & (index < first)), axis=1)
+    return xp.sum((sims > nearest) | ((sims == nearest) & (index < first)), axis=1)
 
 
 class Ranker:
@@ -50,8 +50,8 @@ class Ranker:
         candidate_group: Int[np.ndarray, " m"],
     ) -> Int[np.ndarray, " n"]:
         """Ranks by dot product. Arguments and result are the same on every process."""
-        whole = replicated(self._mesh)
-        fixed = [_put(x, whole) for x in (candidates, candidate_group.astype(np.int32))]
+        everywhere = replicated(self._mesh)
+        fixed = [_put(x, everywhere) for x in (candidates, candidate_group.astype(np.int32))]
         devices = self._mesh.size
         chunk = min(len(queries), max(1, _ELEMENTS // len(candidates)))
         chunk = -(-chunk // devices) * devices
@@ -77,4 +77,4 @@ def _pad(x: np.ndarray, rows: int) -> np.ndarray:
 
 def _put(x: np.ndarray, sharding) -> Array:
     # Each process holds all of x and gives its devices their part.
-    return jax.make_array_from_callback(x.shape, sharding, lambda where: x[where])
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

@@ -8,8 +8,8 @@ from input_pipeline.errors import BadExample
 ADVICE = "evaluation skips nothing: repair it or take it out of the data"
 
 
-class Whole:
-    """A source whose examples are all there; whatever training would leave out stops here.
+class StrictSource:
+    """A source whose examples must all be usable: what training would leave out is an error.
 
     Raises:
       UserError: the source left something out when it was opened; later, an example cannot be read.

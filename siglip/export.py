@@ -34,7 +34,8 @@ from siglip.checkpoints.files import safetensors_file
 from siglip.checkpoints.files.lazy_array import LazyArray
 from siglip.checkpoints.spec import Spec
 from siglip.checkpoints.weights import Weights, insert
-from siglip.towers.vit import Patches
+from siglip.embed import embed_batch
+from siglip.towers.vit import IMAGE_FIELDS, Patches
 
 PIXELS = ("uint8", "float32")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # known; a program holds those that are asked for
@@ -148,12 +149,8 @@ def embed(made: Spec, name: str, dtype: str) -> Callable[..., Array]:
         params: dict[str, Any] = {"t": jnp.zeros(1), "b": jnp.zeros(1)}
         for array_name, array in arrays.items():
             insert(params, array_name, array)
-        if name == "text":
-            found: Any = model.apply({"params": params}, text=inputs[0])
-            return found[1]
-        image = Patches(*inputs) if len(inputs) == 3 else inputs[0]
-        found = model.apply({"params": params}, image=image)
-        return found[0]
+        fields = ("text",) if name == "text" else IMAGE_FIELDS
+        return embed_batch(model, params, dict(zip(fields, inputs)))
 
     return apply
 

@@ -30,9 +30,9 @@ from siglip.checkpoints import adapt
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.spec import Spec, check_contract
 from siglip.checkpoints.weights import Weights
+from siglip.embed import embed_batch
 from siglip.sharding import batch_sharding, local_mesh, replicated
 from siglip.towers.two_towers import TwoTowers
-from siglip.towers.vit import images_of
 
 ImageLike = Any  # path | bytes | PIL.Image.Image | uint8 [h, w, 3] | uint8 [h, w]
 THREADS = min(16, os.cpu_count() or 1)
@@ -206,9 +206,7 @@ class Model:
             # Elsewhere float32 may mean TF32 (GPUs) or passes of bfloat16 (TPUs).
             full = module.txt.dtype == np.float32
             with jax.default_matmul_precision("highest" if full else "default"):
-                out: Any = module.apply({"params": params}, images_of(batch), batch.get("text"))
-            zimg, ztxt, _ = out
-            return ztxt if zimg is None else zimg
+                return embed_batch(module, params, batch)
 
         self._embed = jax.jit(embed, out_shardings=replicated(mesh))
 

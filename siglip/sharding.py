@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from base.errors import UserError
+
 AXES = ("data", "fsdp")
 SMALL = 2**14  # elements; smaller parameters cost more to gather than to keep
 
@@ -34,6 +36,20 @@ def local_mesh() -> Mesh:
     devices = jax.local_devices()
     axis_types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh((len(devices), 1), AXES, axis_types=axis_types, devices=devices)
+
+
+def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
+    """Checks that the devices of the mesh divide a batch; `name` is what a message calls its size.
+
+    Raises:
+      UserError: they do not. The message has the nearest size that fits.
+    """
+    if batch_size < 1 or batch_size % mesh.size:
+        near = max(1, round(batch_size / mesh.size)) * mesh.size
+        raise UserError(
+            f"{name}={batch_size} does not divide over {mesh.size} devices; the nearest that does "
+            f"is {near}"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -11,7 +11,7 @@ from absl import logging
 
 from base.errors import UserError
 from evaluators import EVALUATORS
-from evaluators.strict_source import Whole
+from evaluators.strict_source import StrictSource
 from input_pipeline.sources.registry import SOURCES
 from input_pipeline.transforms.preprocess import Preprocess
 from siglip.checkpoints.spec import is_mc4
@@ -144,7 +144,7 @@ def make_evaluators(setup: Setup) -> dict[str, Any]:
             setup.model,
             setup.mesh,
             setup.preprocess,
-            Whole(chosen(SOURCES, block.source)),
+            StrictSource(chosen(SOURCES, block.source)),
             setup.loss_fn,
             **without(block, "type", "source", "every"),
         )

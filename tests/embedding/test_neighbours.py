@@ -31,10 +31,10 @@ def test_neighbours_are_those_of_a_sort(monkeypatch, m, n, k, chunk):
     rng = np.random.default_rng(0)
     queries, index = unit(rng, m, 8), unit(rng, n, 8)
     scores, rows = by_sorting(queries, index, k)
-    found = nearest(queries, index, k)
-    np.testing.assert_array_equal(found.rows, rows)
-    np.testing.assert_allclose(found.scores, scores, atol=1e-6)
-    assert found.rows.dtype == np.int64 and found.scores.dtype == np.float32
+    result = nearest(queries, index, k)
+    np.testing.assert_array_equal(result.rows, rows)
+    np.testing.assert_allclose(result.scores, scores, atol=1e-6)
+    assert result.rows.dtype == np.int64 and result.scores.dtype == np.float32
 
 
 @pytest.mark.parametrize("devices", [1, 3, 8])
@@ -54,17 +54,17 @@ def test_of_equally_near_rows_the_smaller_comes_first(monkeypatch, devices, chun
     )
     for k in (1, 20, 150):
         scores, rows = by_sorting(queries, index, k)
-        found = nearest(queries, index, k, mesh)
-        np.testing.assert_array_equal(found.rows, rows)
-        np.testing.assert_array_equal(found.scores, scores)
+        result = nearest(queries, index, k, mesh)
+        np.testing.assert_array_equal(result.rows, rows)
+        np.testing.assert_array_equal(result.scores, scores)
 
 
 def test_copies_of_a_row_tie_wherever_they_lie(monkeypatch):
     monkeypatch.setattr(neighbours, "_ELEMENTS", 2 * 64)
     rng = np.random.default_rng(2)
     index = np.tile(unit(rng, 1, 96), (300, 1))
-    found = nearest(np.concatenate([index[:1], unit(rng, 1, 96)]), index, 300)
-    np.testing.assert_array_equal(found.rows, np.tile(np.arange(300), (2, 1)))
+    result = nearest(np.concatenate([index[:1], unit(rng, 1, 96)]), index, 300)
+    np.testing.assert_array_equal(result.rows, np.tile(np.arange(300), (2, 1)))
 
 
 def test_many_queries_go_in_blocks(monkeypatch):
@@ -87,8 +87,8 @@ def test_the_index_is_read_once_in_pieces(monkeypatch):
             read.append((rows.start, min(rows.stop, len(index))))
             return index[rows]
 
-    found = nearest(queries, Lazy(), 5)
-    np.testing.assert_array_equal(found.rows, by_sorting(queries, index, 5)[1])
+    result = nearest(queries, Lazy(), 5)
+    np.testing.assert_array_equal(result.rows, by_sorting(queries, index, 5)[1])
     assert read == [(0, 16), (16, 32), (32, 48), (48, 64), (64, 70)]
 
 
@@ -101,14 +101,14 @@ def test_similarities_in_memory_are_bounded():
 
 def test_negative_scores_beat_the_rows_that_fill_up():
     index = -np.eye(3, dtype=np.float32)
-    found = nearest(np.ones((1, 3), np.float32), index, 3)
-    np.testing.assert_array_equal(found.rows, [[0, 1, 2]])
-    np.testing.assert_array_equal(found.scores, [[-1, -1, -1]])
+    result = nearest(np.ones((1, 3), np.float32), index, 3)
+    np.testing.assert_array_equal(result.rows, [[0, 1, 2]])
+    np.testing.assert_array_equal(result.scores, [[-1, -1, -1]])
 
 
 def test_no_queries_have_no_neighbours():
-    found = nearest(np.zeros((0, 3), np.float32), np.eye(3, dtype=np.float32), 2)
-    assert found.rows.shape == found.scores.shape == (0, 2)
+    result = nearest(np.zeros((0, 3), np.float32), np.eye(3, dtype=np.float32), 2)
+    assert result.rows.shape == result.scores.shape == (0, 2)
 
 
 def test_mistakes():

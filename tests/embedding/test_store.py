@@ -93,7 +93,7 @@ def test_the_manifest_says_what_was_embedded(whole):
     assert manifest == {
         **tiny_embed.DESCRIPTION,
         "version": 1,
-        "params_sha256": job.hash_of(tiny_embed.make_params()),
+        "params_sha256": job.hash_params(tiny_embed.make_params()),
         "what": ["image", "text"],
         "d": 8,
         "dtype": "float32",
@@ -177,10 +177,10 @@ def test_leftovers_of_this_process_are_removed_and_others_stay(tmp_path):
 def test_a_run_that_is_done_computes_nothing(whole, monkeypatch):
     before = tiny_embed.files(whole)
     monkeypatch.setattr(store.Store, "writer", None)
-    said = []
-    found = tiny_embed.embed(whole, progress=said.append)
-    assert said == ["53 of 53 rows are there already"]
-    assert found.bad.kinds() == {"damaged record": 2, "damaged image": 1}
+    lines = []
+    result = tiny_embed.embed(whole, progress=lines.append)
+    assert lines == ["53 of 53 rows are there already"]
+    assert result.bad.kinds() == {"damaged record": 2, "damaged image": 1}
     assert tiny_embed.files(whole) == before
 
 
@@ -209,7 +209,7 @@ def test_an_unfinished_repair_is_not_marked_as_done(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"seed": 1}, "params_sha256 [0-9a-f]{64} instead of [0-9a-f]{64}"),
         (
@@ -228,9 +228,9 @@ def test_an_unfinished_repair_is_not_marked_as_done(tmp_path):
     ids=["params", "preprocessing", "source", "examples", "what", "dtype", "shard_rows"],
 )
 @pytest.mark.parametrize("process_index", [0, 1])
-def test_another_embedding_is_refused_in_the_same_folder(whole, change, told, process_index):
+def test_another_embedding_is_refused_in_the_same_folder(whole, change, message, process_index):
     before = tiny_embed.files(whole)
-    with pytest.raises(UserError, match=rf"is of another embedding, {told}; give a new folder$"):
+    with pytest.raises(UserError, match=rf"is of another embedding, {message}; give a new folder$"):
         tiny_embed.embed(whole, process_index=process_index, process_count=2, **change)
     assert tiny_embed.files(whole) == before
 
@@ -292,7 +292,7 @@ def test_one_bad_example_is_allowed_unless_none_is(tmp_path):
 
 
 def test_data_that_has_gone_stops_long_before_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "CROWD", 16)
+    monkeypatch.setattr(reading, "MIN_SAMPLE", 16)
     source = Source(10_000, dict.fromkeys(range(20, 10000), "damaged record"))
     with pytest.raises(UserError, match=r"2\d of 4\d examples cannot be used"):
         tiny_embed.embed(tmp_path, source=source, max_bad_fraction=0.4)
@@ -311,7 +311,7 @@ def test_embeddings_that_are_not_finite_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"what": ()}, "what is none of image, text"),
         ({"dtype": "int8"}, "dtype 'int8' is none of float32, float16"),
@@ -322,8 +322,8 @@ def test_embeddings_that_are_not_finite_are_refused(tmp_path, monkeypatch):
     ],
     ids=["what", "dtype", "shard_rows", "batch_size", "process", "empty"],
 )
-def test_mistakes(tmp_path, options, told):
-    with pytest.raises(UserError, match=told):
+def test_mistakes(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
         tiny_embed.embed(tmp_path, **options)
     assert not list(tmp_path.iterdir())
 
@@ -339,8 +339,8 @@ def test_what_an_example_may_hold(tmp_path):
             example |= {"weights": [1, 0.5]} if i else {"weights": [1.0]}
             return example | ({"label": 2**63} if i == 2 else {})
 
-    found = tiny_embed.embed(tmp_path, source=Odd(9, {}), max_bad_fraction=0.5)
-    assert found.bad.kinds() == {"damaged record": 2}
+    result = tiny_embed.embed(tmp_path, source=Odd(9, {}), max_bad_fraction=0.5)
+    assert result.bad.kinds() == {"damaged record": 2}
     rows = tables(tmp_path)[0].to_pylist()
     assert [row["bad"] for row in rows[:4]] == ["damaged record", "", "damaged record", ""]
     assert rows[1]["texts"] == ["a ?", "b"] and rows[1]["weights"] == [1.0, 0.5]
@@ -359,14 +359,14 @@ def test_images_of_other_shapes_are_refused(tmp_path):
 
 def test_the_hash_knows_names_shapes_types_and_bytes_and_no_places():
     params = {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}, "c": np.float32(1)}
-    known = job.hash_of(params)
+    known = job.hash_params(params)
     shuffled = {"c": jnp.float32(1), "a": {"b": jnp.asarray(params["a"]["b"])}}
-    assert job.hash_of(shuffled) == known
+    assert job.hash_params(shuffled) == known
     devices = jax.sharding.NamedSharding(
         jax.make_mesh((2,), ("x",), devices=jax.devices()[:2]), jax.sharding.PartitionSpec("x")
     )
     split = {"a": {"b": jax.device_put(params["a"]["b"], devices)}, "c": params["c"]}
-    assert job.hash_of(split) == known
+    assert job.hash_params(split) == known
     b = params["a"]["b"]
     others = [
         {"a": {"x": b}, "c": params["c"]},
@@ -377,7 +377,7 @@ def test_the_hash_knows_names_shapes_types_and_bytes_and_no_places():
         {"a": {"b": b}},
         {"a": {"b": b.astype(jnp.bfloat16)}, "c": params["c"]},
     ]
-    assert len({known, *map(job.hash_of, others)}) == 1 + len(others)
+    assert len({known, *map(job.hash_params, others)}) == 1 + len(others)
 
 
 @pytest.mark.parametrize("examples", [1, 7, 8, 20, 21, 40, 53])
@@ -393,30 +393,15 @@ def test_slots_hold_every_row_of_their_shards_once_in_whole_batches(examples, sh
         assert len({row // 20 for row in places[first : first + 8] if row >= 0}) == 1
 
 
-def test_the_line_of_progress_counts_what_was_done_since_the_first_batch():
-    told = job._Told(1000, ("image", "text"), print)
-    assert told.line(0.0) == "0/1000 rows, 0 images/s, 0 texts/s, ? left"
-    told.add(100, 300)
-    told.add(100, 300)
-    begun = told._begun
-    assert begun is not None
-    line = told.line(begun + 0.5)
-    assert line == "200/1000 rows, 200 images/s, 600 texts/s, 0:00:04 left"
-    images = job._Told(10_000_000, ("image",), print)
-    images.add(0, 0)
-    images.add(100, 0)
-    begun = images._begun
-    assert begun is not None
-    assert images.line(begun + 1) == "100/10000000 rows, 100 images/s, 27:46:39 left"
-
-
-def test_progress_is_told_as_time_passes(tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "EVERY", 0.0)
-    said = []
-    tiny_embed.embed(tmp_path, progress=said.append)
-    assert [line.split()[0] for line in said] == [
-        f"{rows}/53" for rows in (8, 16, 20, 28, 36, 40, 48, 53, 53)
-    ]
+@pytest.mark.parametrize("what", [("image", "text"), ("image",)], ids=["both", "image"])
+def test_progress_counts_rows_and_the_texts_that_are_embedded(tmp_path, monkeypatch, what):
+    monkeypatch.setattr(job, "PROGRESS_SECONDS", 0.0)
+    lines = []
+    tiny_embed.embed(tmp_path, progress=lines.append, what=what)
+    counts = [line.split()[0] for line in lines]
+    assert counts[:8] == [f"{rows}/53" for rows in (8, 16, 20, 28, 36, 40, 48, 53)]
+    assert set(counts[8:]) <= {"53/53"}
+    assert all("rows/s" in line and ("texts/s" in line) == ("text" in what) for line in lines)
 
 
 def test_bad_examples_raise_from_the_source_as_they_are():
@@ -444,12 +429,12 @@ def test_runs_that_do_not_agree_on_their_number_do_not_write_beside_each_other(t
         other = subprocess.Popen(command, cwd=ROOT, **pipes)
         return other, other.stdout.readline().decode()
 
-    first, said = start(0, 2)
+    first, lines = start(0, 2)
     second, also = start(1, 2)
     third, refused = start(2, 3)
     fourth, alone = start(0, 1)
     for other in (first, second, third, fourth):
         other.communicate(timeout=60)
-    assert said == also == "in\n"
-    for told in (refused, alone):
-        assert "a run with another --num_processes writes there" in told
+    assert lines == also == "in\n"
+    for message in (refused, alone):
+        assert "a run with another --num_processes writes there" in message

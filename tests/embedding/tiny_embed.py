@@ -91,10 +91,10 @@ def embed(out, **options):
 
 def files(out):
     """Name -> bytes of what a run leaves; nothing temporary may be there."""
-    found = {path.name: path.read_bytes() for path in pathlib.Path(out).iterdir()}
-    assert not [name for name in found if name.endswith(".part")], sorted(found)
-    found.pop(".lock", None)
-    return found
+    contents = {path.name: path.read_bytes() for path in pathlib.Path(out).iterdir()}
+    assert not [name for name in contents if name.endswith(".part")], sorted(contents)
+    contents.pop(".lock", None)
+    return contents
 
 
 def kill_at(call: str, count: int):
@@ -102,7 +102,7 @@ def kill_at(call: str, count: int):
     append."""
     from embedding import store
 
-    owner, name = (store._Npy, "append") if call == "append" else (os, call)
+    owner, name = (store._GrowingNpy, "append") if call == "append" else (os, call)
     original, calls = getattr(owner, name), [0]
 
     def counted(*args, **options):

@@ -3,7 +3,7 @@
 import pytest
 
 from base.errors import UserError
-from evaluators.strict_source import Whole
+from evaluators.strict_source import StrictSource
 from input_pipeline.errors import BadExample
 
 
@@ -20,14 +20,14 @@ class Source:
 
 
 def test_what_can_be_read_passes_through():
-    whole = Whole(Source())
-    assert len(whole) == 2 and whole.class_names == ("a",) and whole[0] == {"id": "x.tar/0.jpg"}
+    strict = StrictSource(Source())
+    assert len(strict) == 2 and strict.class_names == ("a",) and strict[0] == {"id": "x.tar/0.jpg"}
 
 
 def test_an_example_that_cannot_be_read_stops_it():
     told = r"example x.tar/1.jpg cannot be read \(damaged record: checksum\); evaluation skips no"
     with pytest.raises(UserError, match=told):
-        Whole(Source())[1]
+        StrictSource(Source())[1]
 
 
 def test_a_source_that_has_left_something_out_is_refused():
@@ -35,4 +35,4 @@ def test_a_source_that_has_left_something_out_is_refused():
     source.damage = {("no caption", "x.tar"): 2, ("no image", "y.tar"): 5}
     told = r"7 samples of an evaluation's data cannot be used, such as 5 of y.tar \(no image\)"
     with pytest.raises(UserError, match=told):
-        Whole(source)
+        StrictSource(source)
