@@ -9,6 +9,7 @@ import jax
 from base.errors import UserError
 from input_pipeline.order import order_of
 from input_pipeline.transforms.corrupt import Corruption
+from siglip.sharding import check_batch_size
 from trainers.config import durations
 
 
@@ -108,12 +109,7 @@ def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
             "as 0.01 for one in a hundred"
         )
     batch_size = config.input.batch_size
-    if batch_size < 1 or batch_size % mesh.size:
-        near = max(1, round(batch_size / mesh.size)) * mesh.size
-        raise UserError(
-            f"config.input.batch_size={batch_size} does not divide over {mesh.size} devices; "
-            f"the nearest that does is {near}"
-        )
+    check_batch_size("config.input.batch_size", batch_size, mesh)
     microbatch = config.input.microbatch
     if microbatch and (microbatch % mesh.size or batch_size % microbatch):
         local = batch_size // mesh.size
