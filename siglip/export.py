@@ -11,7 +11,6 @@ folder appears. That runs on the CPU, and so does the tracing: on a GPU the towe
 cuDNN's attention, which is no StableHLO. Elsewhere an exported program uses XLA's attention.
 """
 
-import argparse
 import importlib.util
 import json
 import pathlib
@@ -26,9 +25,8 @@ import numpy as np
 from jax import export as jax_export
 from jaxtyping import Array
 
-from base import whole_file
+from base import command_line, whole_file
 from siglip.checkpoints import adapt, read, spec
-from siglip.checkpoints.convert import DONE, INTERRUPTED, MISTAKE, Parser
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files import safetensors_file
 from siglip.checkpoints.files.lazy_array import LazyArray
@@ -295,13 +293,8 @@ def random_inputs(made: Spec, name: str, pixels: str, n: int) -> list[np.ndarray
 # The program
 
 
-def make_parser() -> Parser:
-    parser = Parser(
-        prog="python -m siglip.export",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def make_parser() -> command_line.Parser:
+    parser = command_line.Parser(prog="python -m siglip.export", description=HELP)
     add, default = parser.add_argument, Options()
     add("source", metavar="SRC")
     add("target", metavar="DST")
@@ -315,26 +308,26 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> int:
+    return command_line.run(
+        lambda: _main(argv),
+        mistakes=(ValueError, OSError),
+        interrupted="interrupted; nothing was written",
+    )
+
+
+def _main(argv: Sequence[str]) -> None:
     flags = make_parser().parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
     started, folder = time.monotonic(), pathlib.Path(flags.target)
     platforms = tuple(platform.strip() for platform in flags.platforms.split(","))
     options = Options(flags.dtype, flags.pixels, platforms, flags.batch, flags.text)
-    try:
-        check(folder, options)  # before a large model is looked at
-        weights = read(flags.source)
-        weights = weights.only(flags.only) if flags.only else weights
-        differences = export(weights, folder, options)
-    except (ValueError, OSError) as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return MISTAKE
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
+    check(folder, options)  # before a large model is looked at
+    weights = read(flags.source)
+    weights = weights.only(flags.only) if flags.only else weights
+    differences = export(weights, folder, options)
     for name, difference in differences.items():
         print(f"{name}: read back, it differs from the model by at most {difference:.1e}")
     print(f"{folder}: {time.monotonic() - started:.1f} s; how to call it is in README.txt there")
-    return DONE
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A model from one format to another: `python -m siglip.checkpoints.convert --help`."""
+"""Converts a model from one format to another: `python -m siglip.checkpoints.convert --help`."""
 
 import argparse
 import dataclasses
@@ -6,17 +6,16 @@ import pathlib
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn
 
+from base import command_line
+from base.command_line import DONE, INTERRUPTED
 from siglip.checkpoints import FORMATS, adapt, read, write
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files.lazy_array import LazyArray
 from siglip.checkpoints.formats import hf_config, hf_tokenizer, names, open_clip_format
 from siglip.checkpoints.spec import check_contract
-from siglip.checkpoints.weights import Weights, report
+from siglip.checkpoints.weights import Weights, report, split
 from siglip.towers import positions
-
-DONE, MISTAKE, INTERRUPTED = 0, 2, 85
 
 HELP = """\
 Converts a SigLIP or SigLIP 2 model between formats, exactly to the bit, and says what it did with
@@ -32,18 +31,8 @@ name of a released model (siglip2-b16-256), or random:NAME. DST must not be ther
 """
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(MISTAKE, f"error: {message}\n")
-
-
-def make_parser() -> Parser:
-    parser = Parser(
-        prog="python -m siglip.checkpoints.convert",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def make_parser() -> command_line.Parser:
+    parser = command_line.Parser(prog="python -m siglip.checkpoints.convert", description=HELP)
     add = parser.add_argument
     add("source", metavar="SRC")
     add("target", metavar="DST")
@@ -63,18 +52,20 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> int:
-    flags = make_parser().parse_args(argv)
-    try:
-        return convert(flags)
-    except (CheckpointError, OSError) as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return MISTAKE
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
+    return command_line.run(
+        lambda: convert(make_parser().parse_args(argv)),
+        mistakes=(OSError,),
+        interrupted="interrupted; nothing was written",
+    )
 
 
 def convert(flags: argparse.Namespace) -> int:
+    """Reads, reports, writes, and compares what was written with the source.
+
+    Raises:
+      CheckpointError: the source cannot be read, or the format has no such model.
+      OSError: the target cannot be written.
+    """
     started = time.monotonic()
     target = pathlib.Path(flags.target)
     format = flags.format or ("big_vision" if target.suffix == ".npz" else "huggingface")
@@ -84,39 +75,41 @@ def convert(flags: argparse.Namespace) -> int:
         raise CheckpointError(f"{target}: DST ends in .npz for big_vision, and for nothing else")
     if target.exists() and not flags.dry_run:
         raise CheckpointError(f"{target} is there already; choose another name, or delete it")
-    weights = adapted(read(flags.source), flags)
+    weights, left_out = split(adapted(read(flags.source), flags))
     if format == "open_clip":
         open_clip_format.check(weights.spec)
     elif format == "huggingface":
         hf_config.check_expressible(weights.spec, format)
     if not flags.quiet:
-        print("\n".join(report(theirs(weights, format))))
+        print("\n".join(report(renamed(weights, format))))
     spec = weights.spec
     print(
         f"{weights.source} ({weights.format}): {weights.parameters:,} parameters in "
         f"{len(weights.arrays)} arrays"
         + (f", taken for the released {spec.preset}" if spec.preset else "")
     )
+    for note in (*weights.notes, *left_out):
+        print(f"note: {note}")
     if flags.dry_run:
         return DONE
     options = {"stacked": True} if flags.stacked else {}
-    notes = write(weights, target, format, **options)
-    for note in (*weights.notes, *notes):
+    for note in write(weights, target, format, **options):
         print(f"note: {note}")
     try:
-        compared = verify(weights, target)
+        count = verify(weights, target)
     except KeyboardInterrupt:
-        print(f"interrupted; {target} is written but not compared with the source", file=sys.stderr)
-        return INTERRUPTED
+        return command_line.report(
+            INTERRUPTED, f"interrupted; {target} is written but not compared with the source"
+        )
     print(
-        f"{target} ({format}): written and read again, {compared} arrays equal to the bit, "
+        f"{target} ({format}): written and read again, {count} arrays equal to the bit, "
         f"{time.monotonic() - started:.1f} s"
     )
     return DONE
 
 
 def adapted(weights: Weights, flags: argparse.Namespace) -> Weights:
-    """What the flags ask to be other than in the source."""
+    """The weights with the changes that the flags ask for."""
     if flags.img:
         weights = with_image_tower(weights, read(flags.img))
     if flags.only:
@@ -149,47 +142,51 @@ def adapted(weights: Weights, flags: argparse.Namespace) -> Weights:
 
 
 def with_image_tower(weights: Weights, other: Weights) -> Weights:
-    """The text tower, t and b of the one, the image tower and its preprocessing of the other."""
+    """The text tower, t and b of `weights` with the image tower and its preprocessing of `other`.
+
+    Raises:
+      CheckpointError: a tower is missing, or their embeddings have different lengths.
+    """
     if weights.spec.txt is None or other.spec.img is None:
         raise CheckpointError(
             f"--img: {weights.source} must hold a text tower and {other.source} an image tower"
         )
-    mine, theirs = weights.spec, other.spec
-    if mine.embedding_dim != theirs.embedding_dim:
+    texts, images = weights.spec, other.spec
+    if texts.embedding_dim != images.embedding_dim:
         raise CheckpointError(
-            f"--img: embeddings of {weights.source} have {mine.embedding_dim} numbers, those of "
-            f"{other.source} {theirs.embedding_dim}"
+            f"--img: embeddings of {weights.source} have {texts.embedding_dim} numbers, those of "
+            f"{other.source} {images.embedding_dim}"
         )
-    leaves = {n: leaf for n, leaf in other.arrays.items() if n.startswith("img/")}
-    leaves |= {n: leaf for n, leaf in weights.arrays.items() if not n.startswith("img/")}
-    spec = dataclasses.replace(mine, img=theirs.img, res=theirs.res, image=theirs.image, preset="")
-    joined = dataclasses.replace(weights, arrays=leaves, spec=spec)
+    arrays = {n: array for n, array in other.arrays.items() if n.startswith("img/")}
+    arrays |= {n: array for n, array in weights.arrays.items() if not n.startswith("img/")}
+    spec = dataclasses.replace(texts, img=images.img, res=images.res, image=images.image, preset="")
+    joined = dataclasses.replace(weights, arrays=arrays, spec=spec)
     joined.check()
     return joined
 
 
-def theirs(weights: Weights, format: str) -> dict[str, LazyArray]:
-    """The arrays as the format names and shapes them, for the report."""
-    shapes = {name: leaf.shape for name, leaf in weights.arrays.items()}
+def renamed(weights: Weights, format: str) -> dict[str, LazyArray]:
+    """The arrays with the names and shapes of the format, for the report."""
+    shapes = {name: array.shape for name, array in weights.arrays.items()}
     if format == "big_vision":
-        return {f"params/{name}": leaf for name, leaf in weights.arrays.items()}
+        return {f"params/{name}": array for name, array in weights.arrays.items()}
     entries = names.huggingface(shapes) if format == "huggingface" else names.open_clip(shapes)
     return {entry.theirs: names.to_theirs(entry, weights.arrays) for entry in entries}
 
 
 def verify(weights: Weights, target: pathlib.Path) -> int:
-    """Reads what was written and compares every array; how many are equal, which is all.
+    """Reads what was written and compares every array; the number of arrays.
 
     Raises:
-      CheckpointError: one is not.
+      CheckpointError: an array is missing or differs.
     """
-    again = read(target).arrays
-    for name, leaf in weights.arrays.items():
-        if name not in again:
+    written = read(target).arrays
+    for name, array in weights.arrays.items():
+        if name not in written:
             raise CheckpointError(f"{target} was written without {name}; delete it")
-        ours, theirs = leaf.read(), again[name].read()
-        same = ours.dtype == theirs.dtype and ours.shape == theirs.shape
-        if not same or ours.tobytes() != theirs.tobytes():
+        before, after = array.read(), written[name].read()
+        same = before.dtype == after.dtype and before.shape == after.shape
+        if not same or before.tobytes() != after.tobytes():
             raise CheckpointError(f"{name} is not in {target} as it was in the source; delete it")
     return len(weights.arrays)
 

@@ -1,4 +1,4 @@
-"""What a model is and what it must be given, beside its arrays.
+"""The contract of a model: its towers, and the images and texts that it was trained on.
 
 The most repeated complaint about released SigLIP weights is wrong preprocessing, which costs up to
 12 points without an error. So the contract travels with the arrays, in `siglip.json`.
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from base import whole_file
 from base.words import one_line
 from siglip import presets
 from siglip.checkpoints.errors import CheckpointError
@@ -22,22 +23,23 @@ from siglip.towers.transformer import SIZES, VARIANTS
 from siglip.towers.two_towers import TwoTowers, make_model
 
 FILE = "siglip.json"
-MOSTLY = 0.95  # of the rows of a token table, which a tokenizer has at least
+MIN_VOCAB_SHARE = 0.95  # of the rows of a token table that a fitting tokenizer uses at least
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """
+    """The contract.
+
     Attributes:
       img, txt: keyword arguments of make_vit and make_text; None without that tower.
       bias: the model has the parameter b.
       res: side of the images in pixels; None for patches (NaFlex) and embeddings.
       token_len: positions of the text tower.
-      vocab_size, eos_id, pad_id: of the tokenizer; the token table may have more rows. None where
-        the vocabulary is not known.
-      image, text: the preprocessing, as config.input.image and text say it.
-      tokenizer: name and options of input_pipeline.TOKENIZERS; None where it is not at hand.
-      preset: the released model that this is taken for; '' for none.
+      vocab_size, eos_id, pad_id: of the tokenizer. The token table may have more rows than
+        vocab_size, which is None where it is not known.
+      image, text: the preprocessing programs, as in config.input.image and config.input.text.
+      tokenizer: name and options of one of input_pipeline.TOKENIZERS; None where there is no file.
+      preset: name of the released model that has this contract; '' for none.
     """
 
     img: dict[str, Any] | None
@@ -54,7 +56,7 @@ class Spec:
     preset: str = ""
 
     def make_model(self, **options: Any) -> TwoTowers:
-        """The model; a tower that the checkpoint lacks is a tiny one that nobody calls.
+        """The model. In place of a missing tower it has a tiny one, which must not be called.
 
         Args:
           options: dtype, scan, remat of two_towers.make_model.
@@ -65,6 +67,7 @@ class Spec:
 
     @property
     def embedding_dim(self) -> int:
+        """Numbers in an embedding."""
         if self.img is not None:
             from siglip.towers.vit import make_vit
 
@@ -79,33 +82,32 @@ class Spec:
         """The arrays of this model, layers one by one: name -> shape.
 
         Raises:
-          CheckpointError: there can be no such model.
+          CheckpointError: the towers have impossible settings.
         """
         try:
             return dict(_shapes(json.dumps(dataclasses.asdict(self))))
         except (ValueError, TypeError, KeyError) as error:
-            told = one_line(error)
             raise CheckpointError(
-                f"there is no model of img={self.img}, txt={self.txt}: {told}"
+                f"there is no model of img={self.img}, txt={self.txt}: {one_line(error)}"
             ) from None
 
     def _trace(self) -> dict[str, tuple[int, ...]]:
         image, text = self.inputs()
         init = self.make_model(scan=True).init
         abstract = jax.eval_shape(init, jax.random.key(0), image, text)["params"]
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
             name = "/".join(str(key.key) for key in path)
             before, stacked, after = name.partition("/encoderblock/")
             if stacked:
                 for i in range(leaf.shape[0]):
-                    found[f"{before}/encoderblock_{i}/{after}"] = leaf.shape[1:]
+                    shapes[f"{before}/encoderblock_{i}/{after}"] = leaf.shape[1:]
             else:
-                found[name] = leaf.shape
+                shapes[name] = leaf.shape
         absent = [tower for tower in ("img", "txt") if getattr(self, tower) is None]
         return {
             name: shape
-            for name, shape in found.items()
+            for name, shape in shapes.items()
             if not (name.split("/")[0] in absent or (absent and name in ("t", "b")))
         }
 
@@ -119,8 +121,8 @@ class Spec:
         p = int(self.img["variant"].partition("/")[2])
         if self.img.get("naflex_grid"):
             values, mask = np.zeros((1, 4, p * p * 3), np.uint8), np.ones((1, 4), bool)
-            made: Any = (values, mask, np.full((1, 2), 2, np.int32))
-            return Patches(*made), text
+            patches: Any = (values, mask, np.full((1, 2), 2, np.int32))
+            return Patches(*patches), text
         return np.zeros((1, self.res or p, self.res or p, 3), np.uint8), text
 
 
@@ -147,17 +149,19 @@ def of_preset(preset: presets.Preset) -> Spec:
 
 
 def text_program(eos_id: int, pad_id: int) -> str:
-    """Lower case, EOS that survives truncation, padding."""
+    """The program of released models' texts: lower case, EOS that survives truncation, padding."""
     return "lower | tokenize" if pad_id == eos_id else f"lower | tokenize(pad_id={pad_id})"
 
 
 def infer(shapes: Mapping[str, tuple[int, ...]], *, where: str) -> Spec:
-    """The model that arrays of these names (big_vision's, layers one by one) and shapes are of.
+    """The contract of a model by the names (big_vision's, layers one by one) and shapes of its
+    arrays.
 
-    Where they are those of exactly one released model, its contract is taken too.
+    If exactly one released model has these arrays, the contract is that model's. Otherwise the
+    preprocessing is the nearest to those of all released models that have the same towers.
 
     Raises:
-      CheckpointError: they are of no model of this family.
+      CheckpointError: no model of this family has these arrays.
     """
     try:
         img = _infer_img(shapes) if any(name.startswith("img/") for name in shapes) else None
@@ -170,14 +174,14 @@ def infer(shapes: Mapping[str, tuple[int, ...]], *, where: str) -> Spec:
     if img is None and txt is None:
         first = ", ".join(list(shapes)[:4]) or "none"
         raise CheckpointError(f"{where} holds no array img/... or txt/...; its arrays: {first}")
-    alike = [p for p in presets.PRESETS.values() if _has_tower(p, img) and _has_text(p, txt)]
-    if len(alike) == 1 and img and txt:
-        released = of_preset(alike[0])
+    fits = [p for p in presets.PRESETS.values() if _has_tower(p, img) and _has_text(p, txt)]
+    if len(fits) == 1 and img and txt:
+        released = of_preset(fits[0])
         return dataclasses.replace(released, txt=txt[0], bias="b" in shapes)
     spec = Spec(img and img[0], txt and txt[0], bias="b" in shapes)
     if img:
         block, grid = img
-        spec = dataclasses.replace(spec, **_images(block, grid, [] if txt else alike))
+        spec = dataclasses.replace(spec, **_images(block, grid, [] if txt else fits))
     if txt:
         pad = pad_id_of(txt[0])
         spec = dataclasses.replace(
@@ -187,21 +191,23 @@ def infer(shapes: Mapping[str, tuple[int, ...]], *, where: str) -> Spec:
 
 
 def pad_id_of(txt: Mapping[str, Any]) -> int:
-    """The padding of released models by their text tower: 0 with Gemma's vocabulary. The tower of
-    SigLIP without a head has 1, though its table may have as many rows."""
+    """The padding id of a released text tower: 0 with Gemma's vocabulary, else EOS, 1.
+
+    SigLIP's tower without a head pads with 1, though its table may have as many rows as Gemma's.
+    """
     return 0 if txt["vocab_size"] >= 256_000 and txt.get("out_dim") != 0 else 1
 
 
-def _images(block: dict[str, Any], grid: int | None, alike: list[presets.Preset]) -> dict:
-    """`image` and `res` of a tower: of the released models that have it, where they agree; else
-    what comes nearest to all of them."""
+def _images(block: dict[str, Any], grid: int | None, fits: list[presets.Preset]) -> dict:
+    """`image` and `res` of a tower: those of the released models that have it, if they agree;
+    otherwise the nearest to all of them."""
     patch = int(block["variant"].partition("/")[2])
     if grid is None:
         default = patch == 16
         return {
             "image": "hf-naflex" if default else f"decode | naflex(256, {patch}, 'bilinear-pil')"
         }
-    images, sizes = {p.image for p in alike}, {p.res for p in alike}
+    images, sizes = {p.image for p in fits}, {p.res for p in fits}
     return {
         "image": images.pop() if len(images) == 1 else "hf-siglip",
         "res": sizes.pop() if len(sizes) == 1 else grid * patch,
@@ -219,7 +225,7 @@ def _has_text(preset: presets.Preset, txt: tuple[dict[str, Any], int] | None) ->
     block, token_len = txt
     wanted = preset.model()["txt"]
     rows = {wanted["vocab_size"]}
-    if not preset.text_head:  # the file that big_vision#126 has met holds more than its tokenizer
+    if not preset.text_head:  # the released table has more rows than the tokenizer: big_vision#126
         rows.add(256_000)
     rest = {**block, "vocab_size": wanted["vocab_size"]}
     return block["vocab_size"] in rows and rest == wanted and token_len == preset.token_len
@@ -275,66 +281,69 @@ def variant_of(sizes: tuple[int, int, int, int], patch: str) -> dict[str, Any]:
 
 
 def save(spec: Spec, path: pathlib.Path) -> None:
-    path.write_text(json.dumps({"version": 1, **dataclasses.asdict(spec)}, indent=2) + "\n")
+    """Writes siglip.json."""
+    text = json.dumps({"version": 1, **dataclasses.asdict(spec)}, indent=2)
+    whole_file.write_text(path, text + "\n")
 
 
 def load(path: pathlib.Path) -> Spec:
-    """
+    """The contract in a siglip.json, with its tokenizer's file in the same folder.
+
     Raises:
       CheckpointError: it is no such file, or one of a newer version.
     """
     try:
-        given = json.loads(path.read_text())
-        version = given.pop("version")
+        fields = json.loads(path.read_text())
+        version = fields.pop("version")
         if version != 1:
             raise CheckpointError(f"{path} has version {version}, this code reads version 1")
-        spec = Spec(**given)
+        spec = Spec(**fields)
     except CheckpointError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        told = one_line(error)
         raise CheckpointError(
-            f"{path} cannot be read ({told}); delete it or convert again"
+            f"{path} cannot be read ({one_line(error)}); delete it or convert again"
         ) from None
     tokenizer = dict(spec.tokenizer) if spec.tokenizer else None
     if tokenizer and tokenizer.get("path"):
-        # Beside this file, wherever the folder was moved to.
+        # The folder may have been moved since the path was written.
         tokenizer["path"] = str(path.parent / pathlib.Path(tokenizer["path"]).name)
     return dataclasses.replace(spec, tokenizer=tokenizer)
 
 
-# The contract
+# Texts that fit the contract
 
 
 def is_mc4(*, rows: int, vocab_size: int) -> bool:
-    """Whether they are those of SigLIP's multilingual models, whose SentencePiece model ends in 100
-    ids that occur in no text and have no row."""
+    """Whether a token table and a tokenizer have the sizes of SigLIP's multilingual models, whose
+    SentencePiece model ends in 100 ids that no text contains and that have no row."""
     return (rows, vocab_size) == (250_000, 250_100)
 
 
 def check_contract(
     spec: Spec, *, vocab_size: int, token_len: int, eos_id: int, pad_id: int, where: str
 ) -> None:
-    """
+    """Compares texts made this way with those that the checkpoint was trained on.
+
     Raises:
-      CheckpointError: texts made this way are not what the checkpoint was trained on; the message
-        says what it expects.
+      CheckpointError: they differ; the message says what it expects.
     """
     expected = spec.vocab_size or (spec.txt or {}).get("vocab_size")
-    if spec.vocab_size is None and expected and MOSTLY * expected <= vocab_size <= expected:
-        expected = vocab_size  # nobody knows it: the table may have rows that no text uses
+    lowest = MIN_VOCAB_SHARE * (expected or 0)
+    if spec.vocab_size is None and expected and lowest <= vocab_size <= expected:
+        expected = vocab_size  # the table may have rows that no text uses
     if expected and is_mc4(rows=expected, vocab_size=vocab_size):
         expected = vocab_size
-    given = {
+    properties = {
         "vocabulary": (expected, vocab_size, "ids; take its own tokenizer"),
         "text length": (spec.token_len, token_len, "tokens"),
         "EOS id": (spec.eos_id, eos_id, ""),
         "padding id": (spec.pad_id, pad_id, f"(text = {spec.text!r})"),
     }
     wrong = [
-        f"{what} {got:,} where it expects {expected:,} {advice}".rstrip()
-        for what, (expected, got, advice) in given.items()
-        if expected is not None and got != expected
+        f"{what} {value:,} where it expects {expected:,} {advice}".rstrip()
+        for what, (expected, value, advice) in properties.items()
+        if expected is not None and value != expected
     ]
     if wrong:
         kind = f" (taken for the released {spec.preset})" if spec.preset else ""
@@ -342,7 +351,11 @@ def check_contract(
 
 
 def with_tokenizer_beside(spec: Spec, file: pathlib.Path) -> Spec:
-    """The spec with the tokenizer's file copied next to `file`, so that the whole can be moved."""
+    """The contract with the tokenizer's file copied next to `file`: the folder can be moved.
+
+    Raises:
+      CheckpointError: the tokenizer's file is missing.
+    """
     path = (spec.tokenizer or {}).get("path")
     if not spec.tokenizer or not path:
         return spec

@@ -1,4 +1,4 @@
-"""What .npz and safetensors files have in common: files that are not trusted, arrays as bytes."""
+"""Common parts of .npz and safetensors files: files that are not trusted, arrays as bytes."""
 
 import contextlib
 import io
@@ -15,8 +15,8 @@ from base import whole_file
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files.lazy_array import LazyArray
 
-MOST_AXES = 32
-PIECE = 1 << 20  # elements that are copied at once where an array has to be copied
+MAX_AXES = 32
+PIECE = 1 << 20  # elements that are copied at once when an array must be copied to be written
 
 
 class Source:
@@ -39,7 +39,11 @@ class Source:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[io.BufferedReader]:
-        """Raises CheckpointError where it is not the file any more that it was."""
+        """The file from its beginning.
+
+        Raises:
+          CheckpointError: it cannot be read, or has changed since this Source was made.
+        """
         try:
             with open(self.path, "rb") as file:
                 status = os.fstat(file.fileno())
@@ -53,6 +57,7 @@ class Source:
 
 
 def reason(error: Exception) -> str:
+    """The words of an OSError, without its number and path."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -70,8 +75,10 @@ _KINDS = {
 
 
 def what_it_is(head: bytes) -> str:
-    """What begins with these bytes and what to do with it, '' if unknown. For a file that turned
-    out not to be what its name says: a sound safetensors file may begin like a pickle."""
+    """The kind of a file that begins with these bytes and what to do with it; '' if unknown.
+
+    Only for files that could not be read: a valid safetensors file may begin like a pickle.
+    """
     for pattern, what in _KINDS.items():
         if re.fullmatch(pattern, head, re.DOTALL | re.IGNORECASE):
             return what
@@ -79,34 +86,44 @@ def what_it_is(head: bytes) -> str:
 
 
 def check_name(path: str | os.PathLike, name: str) -> None:
-    """Names go into messages and onto terminals: no line breaks, no escape codes."""
+    """
+    Raises:
+      CheckpointError: the name has line breaks or escape codes, which would reach the terminal.
+    """
     if not name.isprintable():
         raise CheckpointError(f"{path} has an array {name!r}, a name that does not print")
 
 
 def is_possible(shape: tuple[int, ...] | list[int], dtype: np.dtype) -> bool:
-    """Whether numpy can hold it, which counts axes of length 0 as 1."""
+    """Whether numpy can hold such an array; its limit counts axes of length 0 as 1."""
     return (
-        len(shape) <= MOST_AXES
+        len(shape) <= MAX_AXES
         and min(shape, default=0) >= 0
         and math.prod(max(n, 1) for n in shape) * dtype.itemsize < 2**63
     )
 
 
 def as_array(origin: str, flat: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 [n] as what it means, not copied."""
+    """The array whose bytes are `flat`, uint8 [n]; not a copy.
+
+    Raises:
+      CheckpointError: a bool is neither 0 nor 1, of which numpy makes undefined results.
+    """
     if dtype == np.bool_ and flat.max(initial=0) > 1:
         raise CheckpointError(f"{origin} is damaged: its type is bool, but it has other bytes")
     return flat.view(dtype).reshape(shape)
 
 
-def write_array(file: io.BufferedIOBase | IO[bytes], leaf: LazyArray) -> None:
-    """In C order and little-endian. A transposed array is not copied whole, and none outlives the
-    call."""
-    array = leaf.read()
-    if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
+def write_array(file: io.BufferedIOBase | IO[bytes], lazy: LazyArray) -> None:
+    """Reads an array and writes it in C order and little-endian, in pieces where it must be copied.
+
+    Raises:
+      CheckpointError: the array has not the shape and type that it was announced with.
+    """
+    array = lazy.read()
+    if (array.shape, array.dtype) != (lazy.shape, lazy.dtype):
         raise CheckpointError(
-            f"{leaf.origin} was said to be {leaf.dtype}{list(leaf.shape)}, but is "
+            f"{lazy.origin} was said to be {lazy.dtype}{list(lazy.shape)}, but is "
             f"{array.dtype}{list(array.shape)}"
         )
     parts = np.nditer(
@@ -123,7 +140,11 @@ def write_array(file: io.BufferedIOBase | IO[bytes], leaf: LazyArray) -> None:
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """whole_file.create, with CheckpointError for a file that cannot be written."""
+    """An open file that becomes `path` at the end of the block, or disappears after an error.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
     try:
         with whole_file.create(path) as file:
             yield file

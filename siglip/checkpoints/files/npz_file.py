@@ -1,7 +1,8 @@
 """Numpy's .npz archives, one array in memory at a time, nothing ever unpickled.
 
-numpy.load trusts what an archive says of itself: it allocates what a header of an array claims.
-Here whatever is claimed is held against the size of the file before anything is allocated.
+zipfile reads the directory and numpy.lib.format the headers of arrays. Arrays are unpacked here,
+and not by numpy.load, which allocates whatever a header claims, before it looks at the size of the
+file; nor by ZipFile.open, which copies an array twice, and needs one archive for all threads.
 """
 
 import io
@@ -30,15 +31,15 @@ from siglip.checkpoints.files.lazy_array import LazyArray
 
 NUMBERS = {np.dtype(code) for code in "?bhilqBHILQefd"}  # bool, integers, floats
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-MOST_HEADER = 10_000  # bytes of the text before an array; numpy's limit too
-MOST_RATIO = 1032  # of deflate: a match of 258 bytes takes two bits at least
+MAX_HEADER = 10_000  # bytes of the text before an array; numpy's limit too
+MAX_RATIO = 1032  # of deflate: a match of 258 bytes takes two bits at least
 ALIGN = 64  # bytes
 CHUNK = 1 << 20  # bytes that are read, and unpacked, at once
 
 
 def read(path: str | os.PathLike) -> dict[str, LazyArray]:
-    """The arrays of an archive by name, without '.npy', in the order of its directory. Only
-    headers are read.
+    """The arrays of an archive by name, without '.npy', in the order of its directory. Their data
+    are not read.
 
     Two-byte void is bfloat16: numpy has no such type and big_vision saves it so (big_vision#107).
     Arrays come in the byte order of this machine.
@@ -48,16 +49,16 @@ def read(path: str | os.PathLike) -> dict[str, LazyArray]:
         there twice, or an array is of another type than bool, integers, floats and bfloat16, or
         not as large as the directory says.
     """
-    source, leaves = Source(path), {}
+    source, arrays = Source(path), {}
     with source.open() as file:
         for member in _members(source, file):
-            if member.name in leaves:
+            if member.name in arrays:
                 raise CheckpointError(f"{source.path} has two arrays {member.name!r}; save it anew")
-            leaves[member.name] = _leaf(source, file, member)
-    return leaves
+            arrays[member.name] = _lazy_array(source, file, member)
+    return arrays
 
 
-def write(path: str | os.PathLike, leaves: Iterable[tuple[str, LazyArray]]) -> None:
+def write(path: str | os.PathLike, arrays: Iterable[tuple[str, LazyArray]]) -> None:
     """Replaces the file in one move, uncompressed. The same arrays give the same bytes; numpy.load
     reads them, but for bfloat16, which it gives as two-byte void.
 
@@ -67,18 +68,19 @@ def write(path: str | os.PathLike, leaves: Iterable[tuple[str, LazyArray]]) -> N
     """
     seen = set()
     with new_file(path) as file, zipfile.ZipFile(file, "w") as archive:
-        for name, leaf in leaves:
+        for name, array in arrays:
             check_name(path, name)
             if name in seen:
                 raise CheckpointError(f"{path} is given two arrays {name!r}; rename one")
             seen.add(name)
-            header = _header_of(leaf)
-            info = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))  # not the hour of writing
-            info.create_system = 3  # the same on every system
-            info.file_size = len(header) + leaf.nbytes  # by which zipfile chooses zip64
+            header = _header_of(array)
+            # A fixed time and system, so that the same arrays give the same bytes.
+            info = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+            info.create_system = 3
+            info.file_size = len(header) + array.nbytes  # by which zipfile chooses zip64
             with archive.open(info, "w") as member:
                 member.write(header)
-                write_array(member, leaf)
+                write_array(member, array)
 
 
 class _Member(NamedTuple):
@@ -101,7 +103,7 @@ def _members(source: Source, file: io.BufferedReader) -> list[_Member]:
     try:
         with zipfile.ZipFile(file) as archive:
             infos = [info for info in archive.infolist() if not info.is_dir()]
-    # What zipfile lets through for damaged directories; it reads at most the bytes that are there.
+    # zipfile's errors for damaged directories. It reads no more bytes than the file has.
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         file.seek(0)
         head = file.read(256)
@@ -127,7 +129,7 @@ def _member(source: Source, file: io.BufferedReader, info: zipfile.ZipInfo) -> _
     if not info.filename.endswith(".npy"):
         raise CheckpointError(
             f"{source.path} has a member {info.filename!r}, which is no array (.npy); "
-            "other things, such as pickles, are never read"
+            "other members, such as pickles, are never read"
         )
     name = info.filename.removesuffix(".npy")
     check_name(source.path, name)
@@ -143,41 +145,41 @@ def _member(source: Source, file: io.BufferedReader, info: zipfile.ZipInfo) -> _
         header = file.read(30)
     if len(header) < 30 or not header.startswith(b"PK\3\4"):
         raise CheckpointError(f"{where} is not where the zip directory says; copy the file again")
-    # Its own lengths of name and extra field: the directory's may differ.
+    # The lengths of name and extra field in the directory may differ from those before the data.
     start = info.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))
     if start + info.compress_size > source.size:
         raise CheckpointError(
             f"{where} is truncated: it ends at byte {start + info.compress_size}, but the file at "
             f"{source.size}; copy the file again"
         )
-    most = info.compress_size * (MOST_RATIO if deflated else 1)
-    if info.file_size > most or (not deflated and info.file_size < most):
+    limit = info.compress_size * (MAX_RATIO if deflated else 1)
+    if info.file_size > limit or (not deflated and info.file_size < limit):
         raise CheckpointError(
             f"{where} claims {info.file_size} bytes, but {info.compress_size} in the file hold "
-            f"{'at most' if deflated else 'exactly'} {most}; the file is damaged"
+            f"{'at most' if deflated else 'exactly'} {limit}; the file is damaged"
         )
     return _Member(name, start, info.compress_size, info.file_size, deflated, info.CRC)
 
 
-def _leaf(source: Source, file: io.BufferedReader, member: _Member) -> LazyArray:
+def _lazy_array(source: Source, file: io.BufferedReader, member: _Member) -> LazyArray:
     where, origin = f"{source.path}: array {member.name!r}", f"{source.name}: {member.name}"
-    head = np.empty(min(member.size, MOST_HEADER + 12), np.uint8)
+    head = np.empty(min(member.size, MAX_HEADER + 12), np.uint8)
     try:
         header = _parse(head[: _fill(file, member, head)].tobytes())
-    # Strangers' text meets Python's parser and numpy's types: nothing that either says is ours.
+    # A header is parsed as Python and as a numpy type: hostile text may raise any error there.
     except Exception as error:
         reason = str(error).partition("\n")[0][:200]
         raise CheckpointError(f"{where} has a damaged header ({reason!r})") from error
     dtype = _native(where, header.dtype)
     if not is_possible(header.shape, dtype):
         raise CheckpointError(f"{where} has an impossible shape; the file is damaged")
-    leaf = LazyArray(header.shape, dtype, origin, lambda: _read(source, member, header, leaf))
-    if header.length + leaf.nbytes != member.size:
+    array = LazyArray(header.shape, dtype, origin, lambda: _read(source, member, header, array))
+    if header.length + array.nbytes != member.size:
         raise CheckpointError(
-            f"{where} claims to be {dtype}{list(leaf.shape)}, {leaf.nbytes} bytes, but "
+            f"{where} claims to be {dtype}{list(array.shape)}, {array.nbytes} bytes, but "
             f"{member.size - header.length} are there; the file is damaged"
         )
-    return leaf
+    return array
 
 
 def _parse(head: bytes) -> _Header:
@@ -191,7 +193,7 @@ def _parse(head: bytes) -> _Header:
         raise ValueError(f"version {version} of .npy, which arrays of numbers do not need")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python 2's numbers; escapes in texts that are refused
-        shape, fortran, dtype = readers[version](stream, max_header_size=MOST_HEADER)
+        shape, fortran, dtype = readers[version](stream, max_header_size=MAX_HEADER)
     return _Header(tuple(int(n) for n in shape), fortran, dtype, stream.tell())
 
 
@@ -209,30 +211,37 @@ def _native(where: str, dtype: np.dtype) -> np.dtype:
     return native
 
 
-def _read(source: Source, member: _Member, header: _Header, leaf: LazyArray) -> np.ndarray:
-    """Raises CheckpointError where the bytes are not those that were saved."""
-    # One buffer, in which not the header but the array is aligned.
+def _read(source: Source, member: _Member, header: _Header, lazy: LazyArray) -> np.ndarray:
+    """
+    Raises:
+      CheckpointError: the bytes are not those that were saved.
+    """
+    # One buffer for header and array, in which the array is aligned.
     pad = -header.length % ALIGN
-    whole = np.empty(pad + member.size, np.uint8)[pad:]
+    content = np.empty(pad + member.size, np.uint8)[pad:]
     try:
         with source.open() as file:
-            count = _fill(file, member, whole)
+            count = _fill(file, member, content)
     except zlib.error as error:
-        raise CheckpointError(f"{leaf.origin} is damaged ({error}); copy the file again") from error
-    if count < member.size or zlib.crc32(whole.data) != member.crc:
-        raise CheckpointError(f"{leaf.origin} is damaged (wrong checksum); copy the file again")
+        raise CheckpointError(f"{lazy.origin} is damaged ({error}); copy the file again") from error
+    if count < member.size or zlib.crc32(content.data) != member.crc:
+        raise CheckpointError(f"{lazy.origin} is damaged (wrong checksum); copy the file again")
     shape = header.shape[::-1] if header.fortran else header.shape
-    array = as_array(leaf.origin, whole[header.length :], leaf.dtype, shape)
-    if not header.dtype.isnative:  # void, which bfloat16 comes as, has no order
+    array = as_array(lazy.origin, content[header.length :], lazy.dtype, shape)
+    if not header.dtype.isnative:  # bfloat16 is saved as void, which has no byte order
         array = array.byteswap(inplace=True)
     return array.T if header.fortran else array
 
 
 def _fill(file: io.BufferedReader, member: _Member, out: np.ndarray) -> int:
-    """The first bytes of a member into uint8 [n]; how many there are. Raises zlib.error."""
+    """Reads the first bytes of a member into uint8 [n]; their number is less at its end.
+
+    Raises:
+      zlib.error: they cannot be unpacked.
+    """
     file.seek(member.start)
     if not member.deflated:
-        return file.readinto(out.data)  # no more than its bytes: out is not longer than a member
+        return file.readinto(out.data)  # `out` is not longer than the member
     unpack, left, at = zlib.decompressobj(-15), member.packed, 0
     while at < out.size and not unpack.eof:
         data = unpack.unconsumed_tail
@@ -247,16 +256,16 @@ def _fill(file: io.BufferedReader, member: _Member, out: np.ndarray) -> int:
     return at
 
 
-def _header_of(leaf: LazyArray) -> bytes:
-    if leaf.dtype == BFLOAT16:
+def _header_of(array: LazyArray) -> bytes:
+    if array.dtype == BFLOAT16:
         code = "<V2"
-    elif leaf.dtype.newbyteorder("=") in NUMBERS:
-        code = leaf.dtype.newbyteorder("<").str
+    elif array.dtype.newbyteorder("=") in NUMBERS:
+        code = array.dtype.newbyteorder("<").str
     else:
         raise CheckpointError(
-            f"{leaf.origin}: {leaf.dtype} has no place in an .npz; convert it to float32"
+            f"{array.origin}: {array.dtype} has no place in an .npz; convert it to float32"
         )
     header = io.BytesIO()
-    fields = {"descr": code, "fortran_order": False, "shape": tuple(leaf.shape)}
+    fields = {"descr": code, "fortran_order": False, "shape": tuple(array.shape)}
     np.lib.format.write_array_header_1_0(header, fields)
     return header.getvalue()

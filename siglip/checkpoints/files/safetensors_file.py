@@ -1,9 +1,12 @@
 """Safetensors files, one array in memory at a time.
 
 A file is a little-endian u64, that many bytes of JSON {name: {dtype, shape, data_offsets}}, and the
-arrays without gaps (github.com/huggingface/safetensors). The header is checked here and not by
-the library, whose errors do not say what is wrong with a file that is not safetensors at all, and
-which maps files into memory: where a mapped file shrinks, the process is killed.
+arrays without gaps (github.com/huggingface/safetensors). The library itself is not used, because
+* it maps files into memory: if a mapped file shrinks, or its disk fails, the process is killed;
+* it writes only arrays that are all in memory at once;
+* of two arrays of one name it takes the last, it admits shapes that numpy cannot hold, and its
+  errors name neither the bytes that are missing nor what a file is that is no safetensors file.
+Tests hold the bytes equal to the library's, and refuse every damaged file that it refuses.
 """
 
 import json
@@ -29,7 +32,7 @@ from siglip.checkpoints.files.array_file import (
 )
 from siglip.checkpoints.files.lazy_array import LazyArray
 
-# In the order in which the library lays arrays of these types into a file.
+# In the library's order of types within a file.
 DTYPES = {
     "I64": np.dtype("<i8"),
     "F64": np.dtype("<f8"),
@@ -42,12 +45,12 @@ DTYPES = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-MOST_HEADER = 100_000_000  # bytes; the library's limit too
+MAX_HEADER = 100_000_000  # bytes; the library's limit too
 INDEX = "model.safetensors.index.json"
 
 
 def read(path: str | os.PathLike) -> dict[str, LazyArray]:
-    """The arrays of a file, in the order in which they lie. Only its header is read.
+    """The arrays of a file, in the order of their positions in it. Only the header is read.
 
     Raises:
       CheckpointError: there is no such file, it is not safetensors, is not as long as its header
@@ -73,7 +76,7 @@ def read(path: str | os.PathLike) -> dict[str, LazyArray]:
             f"{source.path} goes on behind its last array: its header promises {begin + end} "
             f"bytes, {source.size} are there; copy it again"
         )
-    return {entry.name: _leaf(source, entry, begin + entry.begin) for entry in entries}
+    return {entry.name: _lazy_array(source, entry, begin + entry.begin) for entry in entries}
 
 
 def read_folder(folder: str | os.PathLike) -> dict[str, LazyArray]:
@@ -104,7 +107,7 @@ def read_folder(folder: str | os.PathLike) -> dict[str, LazyArray]:
 
 
 def write(
-    path: str | os.PathLike, leaves: Mapping[str, LazyArray], metadata: dict[str, str]
+    path: str | os.PathLike, arrays: Mapping[str, LazyArray], metadata: dict[str, str]
 ) -> None:
     """Replaces the file in one move. The same arrays and metadata give the same bytes, which are
     those of the library where there is at most one entry of metadata (it has no order for more).
@@ -117,28 +120,28 @@ def write(
     rank = {code: i for i, code in enumerate(DTYPES)}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     rows = []
-    for name, leaf in leaves.items():
-        code = codes.get(leaf.dtype.newbyteorder("<"))
+    for name, array in arrays.items():
+        code = codes.get(array.dtype.newbyteorder("<"))
         if code is None:
             raise CheckpointError(
-                f"{leaf.origin}: {leaf.dtype} has no place in {path}; convert it to one of "
+                f"{array.origin}: {array.dtype} has no place in {path}; convert it to one of "
                 f"{', '.join(DTYPES)}"
             )
         check_name(path, name)
         if name in header or name == "__metadata__":
             raise CheckpointError(f"{path}: no array can have the name {name!r}; rename it")
-        rows.append((rank[code], name, code, leaf))
+        rows.append((rank[code], name, code, array))
     rows.sort(key=lambda row: row[:2])
     end = 0
-    for _, name, code, leaf in rows:
-        begin, end = end, end + leaf.nbytes
-        header[name] = {"dtype": code, "shape": list(leaf.shape), "data_offsets": [begin, end]}
+    for _, name, code, array in rows:
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with new_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for *_, leaf in rows:
-            write_array(file, leaf)
+        for *_, array in rows:
+            write_array(file, array)
 
 
 class _Entry(NamedTuple):
@@ -154,11 +157,11 @@ class _Entry(NamedTuple):
 
 
 def _header(source: "Source") -> tuple[dict[str, Any], int]:
-    """The JSON, and where it ends."""
+    """The parsed JSON, and the position of its end in the file."""
     with source.open() as file:
         head = file.read(256)
         length = int.from_bytes(head[:8], "little")
-        if head[8:9] != b"{" or length > MOST_HEADER:
+        if head[8:9] != b"{" or length > MAX_HEADER:
             raise CheckpointError(
                 f"{source.path} is {what_it_is(head) or 'no safetensors file; copy it again'}"
             )
@@ -195,7 +198,7 @@ def _entry(source: "Source", name: str, fields: Any) -> _Entry:
 
 
 def _is_sizes(value: Any, length: int | None = None) -> bool:
-    """A list of numbers from 0 on; True is none."""
+    """Whether it is a list of integers from 0 on, which bools are not."""
     return (
         isinstance(value, list)
         and length in (None, len(value))
@@ -207,7 +210,7 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 
 
-def _leaf(source: "Source", entry: _Entry, begin: int) -> LazyArray:
+def _lazy_array(source: "Source", entry: _Entry, begin: int) -> LazyArray:
     dtype = DTYPES[entry.code]
     origin = f"{source.name}: {entry.name}"
 
@@ -224,7 +227,7 @@ def _leaf(source: "Source", entry: _Entry, begin: int) -> LazyArray:
 
 def _read_shards(folder: str) -> dict[str, LazyArray]:
     source = Source(os.path.join(folder, INDEX))
-    if source.size > MOST_HEADER:
+    if source.size > MAX_HEADER:
         raise CheckpointError(f"{source.path} has {source.size} bytes, too many for an index")
     with source.open() as file:
         text = file.read()
@@ -234,7 +237,7 @@ def _read_shards(folder: str) -> dict[str, LazyArray]:
     if not isinstance(files, dict) or not _is_texts(files):
         raise CheckpointError(f"{source.path} has no weight_map from arrays to files")
     for file in set(files.values()):
-        # By its letters: shards may well be links to files elsewhere, as in a download cache.
+        # The name is checked, not the target: in a download cache, shards are links to elsewhere.
         if not file.isprintable() or set("\\:") & set(file) or {"", ".."} & {*file.split("/")}:
             raise CheckpointError(
                 f"{source.path} names the file {file!r}, which would lie outside {folder}; nothing "
@@ -256,7 +259,11 @@ def _read_shards(folder: str) -> dict[str, LazyArray]:
 
 
 def parse_json(path: str, text: bytes) -> dict[str, Any]:
-    """Raises CheckpointError where it is no JSON object, or names something twice."""
+    """A JSON object.
+
+    Raises:
+      CheckpointError: it is none, or has a key twice.
+    """
     try:
         parsed = json.loads(text.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

@@ -1,5 +1,6 @@
 """big_vision's .npz: 'params/img/...', layers one by one or stacked."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 
@@ -7,7 +8,7 @@ from siglip.checkpoints import spec
 from siglip.checkpoints.files import npz_file
 from siglip.checkpoints.files.lazy_array import LazyArray
 from siglip.checkpoints.spec import Spec
-from siglip.checkpoints.weights import PARTS, Weights, stack, unstack
+from siglip.checkpoints.weights import PARTS, Weights, split, stack, unstack
 
 # Where parameters lie: saved alone, in a training checkpoint, and without a prefix.
 PREFIXES = ("params/", "opt/target/", "")
@@ -31,9 +32,9 @@ def read(path: pathlib.Path) -> Weights:
             "how images were prepared cannot be seen from a tower alone; "
             f"{contract.image!r} is taken"
         )
-    weights = Weights(arrays, contract, str(path), "big_vision", tuple(notes))
+    weights, left_out = split(Weights(arrays, contract, str(path), "big_vision"))
     weights.check()
-    return weights
+    return dataclasses.replace(weights, notes=(*notes, *left_out))
 
 
 def read_contract(path: pathlib.Path) -> Spec:
@@ -48,13 +49,10 @@ def read_contract(path: pathlib.Path) -> Spec:
 def _open(path: pathlib.Path) -> tuple[Spec, dict[str, LazyArray]]:
     in_file = npz_file.read(path)
     for prefix in PREFIXES:
-        # Beside parameters, a training checkpoint holds optimizer state and counters.
-        arrays = {
-            name.removeprefix(prefix): array
-            for name, array in in_file.items()
-            if name.startswith(prefix) and name.removeprefix(prefix).split("/")[0] in PARTS
-        }
-        if arrays:
+        arrays = {n.removeprefix(prefix): x for n, x in in_file.items() if n.startswith(prefix)}
+        if not prefix:  # beside them, a training checkpoint holds optimizer state and counters
+            arrays = {name: array for name, array in arrays.items() if _is_part(name)}
+        if any(map(_is_part, arrays)):
             break
     else:
         arrays = _tower_alone(in_file)
@@ -65,8 +63,12 @@ def _open(path: pathlib.Path) -> tuple[Spec, dict[str, LazyArray]]:
     beside = sidecar(path)
     if beside.exists():
         return spec.load(beside), arrays
-    shapes = {name: array.shape for name, array in arrays.items()}
+    shapes = {name: array.shape for name, array in arrays.items() if _is_part(name)}
     return spec.infer(shapes, where=str(path)), arrays
+
+
+def _is_part(name: str) -> bool:
+    return name.split("/")[0] in PARTS
 
 
 def _tower_alone(in_file: Mapping[str, LazyArray]) -> dict[str, LazyArray]:

@@ -1,7 +1,8 @@
-"""Which array of ours is which of Hugging Face's and open_clip's, and how it lies in memory.
+"""Names and layouts of arrays: big_vision's, which are ours, with those of Hugging Face and of
+open_clip.
 
-Ours are big_vision's names, layers one by one. Every difference is a reshape and a transposition,
-so that both directions come from one line and are exact to the bit.
+Our names have the layers one by one. An array differs only by a reshape and a transposition, so
+that one line describes both directions, and both are exact to the bit.
 """
 
 import math
@@ -49,7 +50,7 @@ SCALAR = Layout(lambda s: (), ())  # [1] -> []
 
 
 class Entry(NamedTuple):
-    """One of theirs. Several of ours lie one after the other along its first axis."""
+    """One array of theirs: one of ours, or several concatenated along their first axis."""
 
     theirs: str
     ours: tuple[str, ...]
@@ -62,7 +63,9 @@ QKV = ("query", "key", "value")
 def huggingface(shapes: Mapping[str, Shape], *, vision="vision_model.", text="text_model."):
     """The entries of transformers' SiglipModel and Siglip2Model for a model of these arrays.
 
-    `vision`, `text`: prefixes; a tower alone may be saved without.
+    Args:
+      shapes: name -> shape of ours.
+      vision, text: prefixes of the towers; a tower alone may be saved without.
     """
 
     def tower(ours: str, theirs: str) -> Iterator[Entry]:
@@ -183,21 +186,23 @@ def _depth(shapes: Mapping[str, Shape], encoder: str) -> int:
     return sum(n.startswith(f"{encoder}encoderblock_") and n.endswith(last) for n in shapes)
 
 
-# Leaves from one naming to the other
+# Arrays from one naming to the other
 
 
 def their_shape(entry: Entry, shapes: Mapping[str, Shape]) -> Shape:
+    """The shape of an array of theirs, from the shapes of ours."""
     one = entry.layout.shape(shapes[entry.ours[0]])
     return one if len(entry.ours) == 1 else (one[0] * len(entry.ours), *one[1:])
 
 
 def to_theirs(entry: Entry, ours: Mapping[str, LazyArray]) -> LazyArray:
+    """An array of theirs, from ours."""
     parts = [ours[name] for name in entry.ours]
 
     def read() -> np.ndarray:
-        made = [entry.layout.to(part.read()) for part in parts]
+        arrays = [entry.layout.to(part.read()) for part in parts]
         # Not ascontiguousarray, which makes a scalar an array of one.
-        return np.asarray(made[0] if len(made) == 1 else np.concatenate(made), order="C")
+        return np.asarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays), order="C")
 
     shape = their_shape(entry, {name: ours[name].shape for name in entry.ours})
     return LazyArray(shape, parts[0].dtype, ", ".join(part.origin for part in parts), read)
@@ -206,14 +211,18 @@ def to_theirs(entry: Entry, ours: Mapping[str, LazyArray]) -> LazyArray:
 def to_ours(
     entry: Entry, theirs: LazyArray, shapes: Mapping[str, Shape]
 ) -> Iterator[tuple[str, LazyArray]]:
-    """(name, leaf) for each of ours; `theirs` has the shape of `their_shape`, or one with as many
-    elements (a scalar may be [] or [1])."""
-    share = their_shape(entry, shapes)
-    rows = share[0] // len(entry.ours) if share else 0
+    """(name, array) for each of ours.
+
+    Args:
+      theirs: of the shape `their_shape`, or of as many elements (a scalar may be [] or [1]).
+      shapes: name -> shape of ours.
+    """
+    shape = their_shape(entry, shapes)
+    rows = shape[0] // len(entry.ours) if shape else 0
     for i, name in enumerate(entry.ours):
 
         def read(i: int = i, name: str = name) -> np.ndarray:
-            array = theirs.read().reshape(share)
+            array = theirs.read().reshape(shape)
             if len(entry.ours) > 1:
                 array = array[i * rows : (i + 1) * rows]
             return np.asarray(entry.layout.back(array, shapes[name]), order="C")

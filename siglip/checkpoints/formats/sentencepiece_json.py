@@ -1,7 +1,7 @@
-"""A SentencePiece model of byte-pair merges as a tokenizer.json: Gemma's, which SigLIP 2 has.
+"""SentencePiece models of byte-pair merges as tokenizer.json, for Gemma's, which SigLIP 2 has.
 
-transformers' SiglipTokenizer reads SentencePiece models as those of SigLIP are, with a space put
-before every text. Gemma's has none, and there would get other ids for every text.
+transformers' SiglipTokenizer puts a space before every text, as SigLIP's SentencePiece models do.
+Gemma's does not: read by SiglipTokenizer, it would give other ids for every text.
 """
 
 import pathlib
@@ -11,7 +11,7 @@ from base.words import one_line
 from siglip.checkpoints.errors import CheckpointError
 
 SPACE = "▁"
-PROBES = (
+PROBES = (  # texts on which both tokenizers must agree
     "",
     "a photo of a cat",
     "  two  spaces ",
@@ -31,7 +31,7 @@ PROBES = (
 
 
 def read_model(path: str) -> Any:
-    """The parsed file (its fields: sentencepiece_model.proto).
+    """The parsed file: a ModelProto of sentencepiece_model.proto.
 
     Raises:
       CheckpointError: it is no SentencePiece model.
@@ -39,67 +39,73 @@ def read_model(path: str) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as proto
 
-    made: Any = getattr(proto, "ModelProto")()  # noqa: B009  (pyright does not see it)
+    model: Any = getattr(proto, "ModelProto")()  # noqa: B009  (pyright does not see it)
     try:
-        made.ParseFromString(pathlib.Path(path).read_bytes())
+        model.ParseFromString(pathlib.Path(path).read_bytes())
     except (DecodeError, OSError) as error:
-        told = one_line(error)
-        raise CheckpointError(f"{path} is no SentencePiece model ({told})") from None
-    return made
+        raise CheckpointError(f"{path} is no SentencePiece model ({one_line(error)})") from None
+    return model
 
 
 def to_tokenizer(path: str, *, lower: bool) -> Any | None:
-    """A `tokenizers.Tokenizer` that gives the ids of the model at `path`, of texts in lower case
-    where `lower`; None where there is none: it is another kind of model, or texts of PROBES come
-    out otherwise."""
+    """A `tokenizers.Tokenizer` with the ids of the model at `path`.
+
+    Args:
+      lower: it lower-cases texts first.
+
+    Returns:
+      None for a model of another kind, or if a text of PROBES gets other ids.
+    """
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-    spec = read_model(path)
-    bpe, identity = 2, not spec.normalizer_spec.precompiled_charsmap
-    if spec.trainer_spec.model_type != bpe or not identity:
+    model = read_model(path)
+    bpe, identity = 2, not model.normalizer_spec.precompiled_charsmap
+    if model.trainer_spec.model_type != bpe or not identity:
         return None
-    pieces = {piece.piece: i for i, piece in enumerate(spec.pieces)}
-    unknown = next((p.piece for p in spec.pieces if p.type == p.UNKNOWN), None)
-    made = Tokenizer(
+    pieces = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    unknown = next((p.piece for p in model.pieces if p.type == p.UNKNOWN), None)
+    tokenizer = Tokenizer(
         models.BPE(
             vocab=pieces,
-            merges=_merges(spec.pieces, pieces),
+            merges=_merges(model.pieces, pieces),
             unk_token=unknown,
             fuse_unk=True,
-            byte_fallback=spec.trainer_spec.byte_fallback,
+            byte_fallback=model.trainer_spec.byte_fallback,
         )
     )
     space = normalizers.Replace(" ", SPACE)
-    made.normalizer = normalizers.Sequence([normalizers.Lowercase(), space] if lower else [space])
-    # Pieces that SentencePiece finds before it merges anything: HTML tags, runs of blanks. They are
-    # looked for in the normalized text, where those with capitals cannot be.
-    found = [p.piece for p in spec.pieces if p.type == p.USER_DEFINED]
-    found = [piece for piece in found if not lower or piece == piece.lower()]
-    made.add_tokens([AddedToken(piece, normalized=True, special=False) for piece in found])
-    made.decoder = decoders.Sequence(
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), space] if lower else [space]
+    )
+    # SentencePiece matches these pieces (HTML tags, runs of blanks) before it merges anything. They
+    # are matched in the normalized text, which has no capitals if it is lower-cased.
+    whole = [p.piece for p in model.pieces if p.type == p.USER_DEFINED]
+    whole = [piece for piece in whole if not lower or piece == piece.lower()]
+    tokenizer.add_tokens([AddedToken(piece, normalized=True, special=False) for piece in whole])
+    tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    truth: Any = sentencepiece.SentencePieceProcessor()
-    truth.Load(path)
+    original: Any = sentencepiece.SentencePieceProcessor()
+    original.Load(path)
 
-    def same(text: str) -> bool:
-        wanted = truth.EncodeAsIds(text.lower() if lower else text)
-        return made.encode(text, add_special_tokens=False).ids == wanted
+    def agrees(text: str) -> bool:
+        ids = original.EncodeAsIds(text.lower() if lower else text)
+        return tokenizer.encode(text, add_special_tokens=False).ids == ids
 
-    return made if all(map(same, PROBES)) else None
+    return tokenizer if all(map(agrees, PROBES)) else None
 
 
 def _merges(pieces: Any, index: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, the best pieces first, as SentencePiece merges."""
-    found = []
+    """Pairs of pieces that join to a third, the best of these first, as SentencePiece merges."""
+    merges = []
     for piece in pieces:
         if piece.type != piece.NORMAL:
             continue
         text = piece.piece
-        ways = [(text[:i], text[i:]) for i in range(1, len(text))]
-        ways = [(left, right) for left, right in ways if left in index and right in index]
-        ways.sort(key=lambda pair: (index[pair[0]], index[pair[1]]))
-        found += [(piece.score, *pair) for pair in ways]
-    found.sort(key=lambda merge: merge[0], reverse=True)  # stable
-    return [(left, right) for _, left, right in found]
+        pairs = [(text[:i], text[i:]) for i in range(1, len(text))]
+        pairs = [(left, right) for left, right in pairs if left in index and right in index]
+        pairs.sort(key=lambda pair: (index[pair[0]], index[pair[1]]))
+        merges += [(piece.score, *pair) for pair in pairs]
+    merges.sort(key=lambda merge: merge[0], reverse=True)  # stable
+    return [(left, right) for _, left, right in merges]

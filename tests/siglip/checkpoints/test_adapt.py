@@ -14,8 +14,8 @@ def test_image_positions_are_resized_by_the_method_and_nothing_else_is(method):
     given = tiny(preset="x")
     made = adapt.to_res(given, 48, method)
     table = given.arrays["img/pos_embedding"].read().reshape(2, 2, 32)
-    want = positions.resize_images(table, (3, 3), method).reshape(1, 9, 32)
-    np.testing.assert_array_equal(made.arrays["img/pos_embedding"].read(), want)
+    expected = positions.resize_images(table, (3, 3), method).reshape(1, 9, 32)
+    np.testing.assert_array_equal(made.arrays["img/pos_embedding"].read(), expected)
     assert (made.spec.res, made.spec.preset) == (48, "")
     made.check()
     before, after = arrays(given), arrays(made)
@@ -26,8 +26,8 @@ def test_image_positions_are_resized_by_the_method_and_nothing_else_is(method):
 def test_text_positions_are_changed_by_the_method(method):
     given = tiny()
     made = adapt.to_token_len(given, 20, method)
-    want = positions.resize_text(given.arrays["txt/pos_embedding"].read()[0], 20, method)
-    np.testing.assert_array_equal(made.arrays["txt/pos_embedding"].read()[0], want)
+    expected = positions.resize_text(given.arrays["txt/pos_embedding"].read()[0], 20, method)
+    np.testing.assert_array_equal(made.arrays["txt/pos_embedding"].read()[0], expected)
     assert made.spec.token_len == 20
     made.check()
 
@@ -64,9 +64,9 @@ def test_a_cast_rounds_to_nearest_even():
     for name, leaf in made.arrays.items():
         x = tiny().arrays[name].read()
         bits = x.view(np.uint32).astype(np.uint64)
-        want = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        expected = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
         assert leaf.dtype == ml_dtypes.bfloat16
-        np.testing.assert_array_equal(leaf.read().view(np.uint16), want)
+        np.testing.assert_array_equal(leaf.read().view(np.uint16), expected)
     half = adapt.cast(tiny(), "float16")
     adapted = adapt.to_res(adapt.to_token_len(half, 20, "keep"), 48, "bicubic")
     assert {str(leaf.read().dtype) for leaf in adapted.arrays.values()} == {"float16"}

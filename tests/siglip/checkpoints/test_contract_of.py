@@ -9,8 +9,7 @@ from tiny_models import TINY, one_line, tiny
 
 from siglip import checkpoints, presets
 from siglip.checkpoints import CheckpointError, contract_of, convert, spec
-from siglip.checkpoints.files import array_file
-from siglip.checkpoints.formats import workdir
+from siglip.checkpoints.files import npz_file
 
 FORMATS = {"huggingface": "hf", "open_clip": "oc", "big_vision": "x.npz"}
 
@@ -48,11 +47,10 @@ def test_it_is_the_contract_that_read_gives(format, parts, with_json, tmp_path, 
     assert contract_of(str(path)) == expected
 
 
-def test_of_a_workdir_siglip_json_is_read_and_no_array(tmp_path, monkeypatch):
+def test_of_a_workdir_siglip_json_is_read_and_no_array(tmp_path):
     for step in ("10", "20"):
-        (tmp_path / "checkpoints" / step / "state").mkdir(parents=True)
+        (tmp_path / "checkpoints" / step / "state").mkdir(parents=True)  # without any array
     spec.save(tiny().spec, tmp_path / spec.FILE)
-    monkeypatch.setattr(workdir, "_restore", None)
     for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "10"):
         assert contract_of(path) == tiny().spec
 
@@ -75,7 +73,7 @@ def test_of_a_name_in_the_cache_the_tokenizer_is_known(tmp_path, monkeypatch):
 
 def test_no_array_is_read_from_an_archive(tmp_path, monkeypatch):
     checkpoints.write(tiny(), tmp_path / "x.npz", "big_vision")
-    monkeypatch.setattr(array_file, "as_array", None)
+    monkeypatch.setattr(npz_file, "_read", None)
     assert contract_of(tmp_path / "x.npz") == tiny().spec
 
 

@@ -12,24 +12,24 @@ from siglip.presets import PRESETS
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_released_model_is_known_by_its_shapes(name):
-    made = spec.of_preset(PRESETS[name])
-    assert spec.infer(made.shapes(), where="here") == made
+    contract = spec.of_preset(PRESETS[name])
+    assert spec.infer(contract.shapes(), where="here") == contract
 
 
 @pytest.mark.parametrize("name", ["siglip-b16-224", "siglip2-b16-naflex", "siglip2-b32-256"])
 def test_a_tower_alone_is_known_by_its_shapes(name):
-    made = spec.of_preset(PRESETS[name])
-    shapes = made.shapes()
+    contract = spec.of_preset(PRESETS[name])
+    shapes = contract.shapes()
     for tower in ("img", "txt"):
         alone = {n: s for n, s in shapes.items() if n.startswith(f"{tower}/")}
-        found = spec.infer(alone, where="here")
-        assert getattr(found, tower) == getattr(made, tower)
-        assert not found.bias and found.shapes() == alone
+        inferred = spec.infer(alone, where="here")
+        assert getattr(inferred, tower) == getattr(contract, tower)
+        assert not inferred.bias and inferred.shapes() == alone
         if tower == "txt":
-            assert (found.pad_id, found.text) == (made.pad_id, made.text)
-            assert (found.token_len, found.vocab_size) == (64, None)
+            assert (inferred.pad_id, inferred.text) == (contract.pad_id, contract.text)
+            assert (inferred.token_len, inferred.vocab_size) == (64, None)
         else:
-            assert (found.res, found.image) == (made.res, made.image)
+            assert (inferred.res, inferred.image) == (contract.res, contract.image)
 
 
 def test_the_preprocessing_of_an_image_tower_alone_is_that_of_all_models_that_have_it():
@@ -38,24 +38,26 @@ def test_the_preprocessing_of_an_image_tower_alone_is_that_of_all_models_that_ha
         ("siglip2-g-opt16-384", "hf-siglip2", 384),
     ):
         shapes = spec.of_preset(PRESETS[name]).shapes()
-        found = spec.infer({n: s for n, s in shapes.items() if n[:4] == "img/"}, where="x")
-        assert (found.image, found.res) == (image, res), name
+        inferred = spec.infer({n: s for n, s in shapes.items() if n[:4] == "img/"}, where="x")
+        assert (inferred.image, inferred.res) == (image, res), name
 
 
 def test_a_naflex_tower_of_no_released_size_takes_patches():
     for patch, image in ((16, "hf-naflex"), (8, "decode | naflex(256, 8, 'bilinear-pil')")):
-        made = tiny(img={"variant": f"mu/{patch}", "naflex_grid": 3}, res=None, image=image).spec
-        found = spec.infer(made.shapes(), where="x")
-        assert (found.image, found.res, found.shapes()) == (image, None, made.shapes())
+        contract = tiny(
+            img={"variant": f"mu/{patch}", "naflex_grid": 3}, res=None, image=image
+        ).spec
+        inferred = spec.infer(contract.shapes(), where="x")
+        assert (inferred.image, inferred.res, inferred.shapes()) == (image, None, contract.shapes())
 
 
 def test_the_table_without_a_head_may_have_more_rows_than_its_tokenizer_and_pads_with_eos():
     """The file that big_vision#126 has met."""
-    made = spec.of_preset(PRESETS["siglip-so400m16-256-i18n"])
-    made = dataclasses.replace(made, txt={**made.txt, "vocab_size": 256_000})
-    found = spec.infer(made.shapes(), where="x")
-    assert found == made and (found.pad_id, found.image) == (1, "hf-siglip")
-    spec.check_contract(found, vocab_size=250_100, token_len=64, eos_id=1, pad_id=1, where="x")
+    contract = spec.of_preset(PRESETS["siglip-so400m16-256-i18n"])
+    contract = dataclasses.replace(contract, txt={**contract.txt, "vocab_size": 256_000})
+    inferred = spec.infer(contract.shapes(), where="x")
+    assert inferred == contract and (inferred.pad_id, inferred.image) == (1, "hf-siglip")
+    spec.check_contract(inferred, vocab_size=250_100, token_len=64, eos_id=1, pad_id=1, where="x")
 
 
 def test_there_is_no_model_is_one_line():
@@ -70,15 +72,15 @@ def test_towers_of_this_project_are_known_by_their_shapes():
         ({"variant": "mu/16", "pool": "tok", "out_dim": 24}, {**TINY.txt, "out_dim": 24}),
         ({**TINY.img, "width": 48, "num_heads": 3}, {**TINY.txt, "out_dim": 48, "pool": "map"}),
     ):
-        made = tiny(img=img, txt=txt).spec
-        found = spec.infer(made.shapes(), where="here")
-        assert found.shapes() == made.shapes() and found.preset == ""
-        assert (found.res, found.token_len, found.vocab_size) == (32, 16, None)
+        contract = tiny(img=img, txt=txt).spec
+        inferred = spec.infer(contract.shapes(), where="here")
+        assert inferred.shapes() == contract.shapes() and inferred.preset == ""
+        assert (inferred.res, inferred.token_len, inferred.vocab_size) == (32, 16, None)
 
 
 def test_without_a_bias_there_is_none():
-    made = dataclasses.replace(spec.of_preset(PRESETS["siglip-b16-224"]), bias=False)
-    assert "b" not in made.shapes() and spec.infer(made.shapes(), where="here") == made
+    contract = dataclasses.replace(spec.of_preset(PRESETS["siglip-b16-224"]), bias=False)
+    assert "b" not in contract.shapes() and spec.infer(contract.shapes(), where="here") == contract
 
 
 @pytest.mark.parametrize(
@@ -88,8 +90,8 @@ def test_without_a_bias_there_is_none():
 def test_arrays_of_something_else_are_refused_in_one_line(shapes):
     with pytest.raises(CheckpointError) as error:
         spec.infer(shapes, where="FILE")
-    told = one_line(error)
-    assert told.startswith("FILE holds no ") and next(iter(shapes), "none") in told
+    message = one_line(error)
+    assert message.startswith("FILE holds no ") and next(iter(shapes), "none") in message
 
 
 # siglip.json
@@ -131,11 +133,11 @@ def test_the_tokenizer_travels_with_the_file(tmp_path):
         spec.save(spec.with_tokenizer_beside(given, file), file)
         (tmp_path / "there").rename(tmp_path / name.replace(".", "-"))
         moved = tmp_path / name.replace(".", "-")
-        found = spec.load(moved / name)
-        assert found.tokenizer == {**block, "path": str(moved / copy)}
+        loaded = spec.load(moved / name)
+        assert loaded.tokenizer == {**block, "path": str(moved / copy)}
         assert (moved / copy).read_bytes() == b"pieces"
         # Once more from there: no second copy, no second prefix.
-        assert spec.with_tokenizer_beside(found, moved / name).tokenizer["path"] == copy
+        assert spec.with_tokenizer_beside(loaded, moved / name).tokenizer["path"] == copy
         assert len(list(moved.iterdir())) == 2
     block["path"] = "nowhere.model"
     with pytest.raises(CheckpointError, match=r"nowhere\.model is not there; pass --tokenizer"):
@@ -148,7 +150,7 @@ RIGHT = dict(vocab_size=259, token_len=16, eos_id=1, pad_id=0)
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"vocab_size": 300}, "vocabulary 300 where it expects 259"),
         ({"vocab_size": 32_000}, "vocabulary 32,000 where it expects 259"),
@@ -157,11 +159,11 @@ RIGHT = dict(vocab_size=259, token_len=16, eos_id=1, pad_id=0)
         ({"pad_id": 1}, "padding id 1 where it expects 0 (text = 'lower | tokenize(pad_id=0)')"),
     ],
 )
-def test_texts_that_the_model_was_not_trained_on_are_refused(changes, told):
+def test_texts_that_the_model_was_not_trained_on_are_refused(changes, message):
     spec.check_contract(TINY, **RIGHT, where="FILE")
     with pytest.raises(CheckpointError) as error:
         spec.check_contract(TINY, **RIGHT | changes, where="FILE")
-    assert one_line(error) == one_line(error).strip() and told in one_line(error)
+    assert one_line(error) == one_line(error).strip() and message in one_line(error)
     assert one_line(error).startswith("FILE does not fit these texts: ")
 
 

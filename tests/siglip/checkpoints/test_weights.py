@@ -104,9 +104,9 @@ def test_what_only_this_project_has_goes_to_big_vision_and_nowhere_else(tmp_path
     for format in ("huggingface", "open_clip"):
         with pytest.raises(CheckpointError) as error:
             checkpoints.write(given, tmp_path / format, format)
-        told = one_line(error)
+        message = one_line(error)
         for what in ("'gap'", "with a head", "'map'", "bottleneck", "big_vision"):
-            assert what in told
+            assert what in message
         assert list(tmp_path.iterdir()) == []
     again = there_and_back(given, tmp_path, "big_vision")
     assert arrays(again) == arrays(given) and again.spec == given.spec
@@ -169,15 +169,15 @@ def test_layers_that_do_not_belong_together_are_not_stacked():
 
 
 def test_a_difference_names_what_is_missing_what_is_new_and_what_has_another_shape():
-    have = {"a": (1,), "b": (2, 3), **{f"new{i}": (i,) for i in range(8)}}
-    want = {"b": (3, 2), "a": (1,), "c": (4,)}
+    in_file = {"a": (1,), "b": (2, 3), **{f"new{i}": (i,) for i in range(8)}}
+    in_model = {"b": (3, 2), "a": (1,), "c": (4,)}
     with pytest.raises(CheckpointError) as error:
-        weights.compare(have, want, where="FILE")
-    told = one_line(error)
-    assert told.startswith("FILE does not fit the model: arrays 1 missing there: c [4]; ")
-    assert "8 unknown to the model: new0 [0], new1 [1]" in told and "and 3 more" in told
-    assert "1 of another shape: b is [2, 3] there, [3, 2] in the model" in told
-    weights.compare(want, want, where="FILE")
+        weights.compare(in_file, in_model, where="FILE")
+    message = one_line(error)
+    assert message.startswith("FILE does not fit the model: arrays 1 missing there: c [4]; ")
+    assert "8 unknown to the model: new0 [0], new1 [1]" in message and "and 3 more" in message
+    assert "1 of another shape: b is [2, 3] there, [3, 2] in the model" in message
+    weights.compare(in_model, in_model, where="FILE")
 
 
 def test_a_tree_nests_the_arrays_as_float32_or_as_they_are_and_stacks_for_scan():

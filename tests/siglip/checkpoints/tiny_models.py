@@ -28,12 +28,12 @@ def tiny(**changes) -> Weights:
 
 def arrays(weights: Weights) -> dict[str, tuple]:
     """Everything of the arrays, to compare to the bit."""
-    made = {}
-    for name, leaf in weights.arrays.items():
-        array = leaf.read()
-        assert (array.shape, array.dtype) == (leaf.shape, leaf.dtype), name
-        made[name] = (str(array.dtype), array.shape, np.ascontiguousarray(array).tobytes())
-    return made
+    content = {}
+    for name, lazy in weights.arrays.items():
+        array = lazy.read()
+        assert (array.shape, array.dtype) == (lazy.shape, lazy.dtype), name
+        content[name] = (str(array.dtype), array.shape, np.ascontiguousarray(array).tobytes())
+    return content
 
 
 def without_paths(spec: Spec) -> Spec:
@@ -48,6 +48,6 @@ def files(folder) -> dict[str, bytes]:
 
 def one_line(error) -> str:
     """The message of an exception, which is one line."""
-    told = str(error.value)
-    assert told and "\n" not in told, told
-    return told
+    message = str(error.value)
+    assert message and "\n" not in message, message
+    return message

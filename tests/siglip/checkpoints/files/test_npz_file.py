@@ -41,11 +41,11 @@ def assert_same(read: dict[str, LazyArray], arrays: dict[str, np.ndarray]) -> No
     assert list(read) == list(arrays)
     for name, array in arrays.items():
         native = array.dtype.newbyteorder("=")
-        got = read[name].read()
+        actual = read[name].read()
         assert (read[name].shape, read[name].dtype) == (array.shape, native), name
-        assert (got.shape, got.dtype) == (array.shape, native), name
-        assert got.flags.aligned, name
-        assert got.tobytes() == array.astype(native).tobytes(), name
+        assert (actual.shape, actual.dtype) == (array.shape, native), name
+        assert actual.flags.aligned, name
+        assert actual.tobytes() == array.astype(native).tobytes(), name
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -113,9 +113,9 @@ def test_numpy_reads_what_is_written(tmp_path):
     with np.load(tmp_path / "x.npz", allow_pickle=False) as theirs:
         assert list(theirs) == list(arrays)
         for name, array in arrays.items():
-            got = theirs[name]
-            assert got.dtype == ("V2" if array.dtype == BF16 else array.dtype)
-            assert got.tobytes() == array.tobytes()
+            actual = theirs[name]
+            assert actual.dtype == ("V2" if array.dtype == BF16 else array.dtype)
+            assert actual.tobytes() == array.tobytes()
     assert zipfile.ZipFile(tmp_path / "x.npz").testzip() is None
 
 
@@ -158,10 +158,10 @@ def test_many_threads_read_the_right_arrays(tmp_path):
         read = npz_file.read(tmp_path / "x.npz")
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             names = [f"{i % 40}" for i in range(800)]
-            for name, got in zip(
+            for name, actual in zip(
                 names, pool.map(lambda leaf: leaf.read(), [read[n] for n in names])
             ):
-                np.testing.assert_array_equal(got, arrays[name])
+                np.testing.assert_array_equal(actual, arrays[name])
 
 
 def test_one_array_at_a_time_is_in_memory(tmp_path):
@@ -464,6 +464,6 @@ def test_damage_anywhere_is_seen_or_harmless(tmp_path, save):
                 refused += 1
                 continue
             # The checksum: what is read is right, though a name may have changed.
-            for got, array in zip(read.values(), arrays.values()):
-                np.testing.assert_array_equal(got, array)
+            for actual, array in zip(read.values(), arrays.values()):
+                np.testing.assert_array_equal(actual, array)
     assert len(whole) < refused < 2 * len(whole)

@@ -39,10 +39,10 @@ def leaves(arrays: dict[str, np.ndarray]) -> dict[str, LazyArray]:
 def assert_same(read: dict[str, LazyArray], arrays: dict[str, np.ndarray]) -> None:
     assert set(read) == set(arrays)
     for name, array in arrays.items():
-        got = read[name].read()
+        actual = read[name].read()
         assert (read[name].shape, read[name].dtype) == (array.shape, array.dtype), name
-        assert (got.shape, got.dtype) == (array.shape, array.dtype), name
-        assert got.tobytes() == array.tobytes(), name
+        assert (actual.shape, actual.dtype) == (array.shape, array.dtype), name
+        assert actual.tobytes() == array.tobytes(), name
 
 
 def file_of(header: object, data: bytes = b"") -> bytes:
@@ -244,6 +244,19 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, content, says):
         assert tracemalloc.get_traced_memory()[1] < 10e6
     finally:
         tracemalloc.stop()
+
+
+def test_the_library_is_still_laxer_than_this_reader(tmp_path):
+    """Two of the reasons for code of our own; where this fails, the library may replace it."""
+    path, one = tmp_path / "x.safetensors", json.dumps(entry([1], 0, 4))
+    path.write_bytes(file_of(f'{{"a": {one}, "a": {one}}}'.encode(), bytes(4)))
+    with safetensors.safe_open(path, "np") as file:
+        assert list(file.keys()) == ["a"]
+    assert "'a' is there twice" in refusal(path)
+    path.write_bytes(file_of({"a": entry([0, 2**63], 0, 0)}))
+    with safetensors.safe_open(path, "np") as file, pytest.raises(ValueError, match="dimension"):
+        file.get_tensor("a")
+    assert "has an impossible shape" in refusal(path)
 
 
 def test_what_is_no_file_is_one_line(tmp_path):

@@ -25,9 +25,9 @@ def numpy_arrays(stacked=()):
     return {name: leaf.read() for name, leaf in leaves.items()}
 
 
-def save(path, found, prefix="params/"):
+def save(path, saved, prefix="params/"):
     """As big_vision does, whose bfloat16 is what numpy makes of it."""
-    np.savez(path, **{f"{prefix}{name}": x for name, x in found.items()})
+    np.savez(path, **{f"{prefix}{name}": x for name, x in saved.items()})
     return path
 
 
@@ -40,10 +40,10 @@ def test_every_prefix_and_layout_is_the_same_model(prefix, stacked, tmp_path):
 
 
 def test_optimizer_state_and_counters_are_left_alone(tmp_path):
-    found = {f"params/{n}": x for n, x in numpy_arrays().items()}
-    found |= {f"opt/0/mu/{n}": x for n, x in numpy_arrays().items()}
-    found |= {"opt/count": np.int64(3), "chrono/accum_train_time": np.float64(1)}
-    assert arrays(checkpoints.read(save(tmp_path / "a.npz", found, ""))) == arrays(GIVEN)
+    saved = {f"params/{n}": x for n, x in numpy_arrays().items()}
+    saved |= {f"opt/0/mu/{n}": x for n, x in numpy_arrays().items()}
+    saved |= {"opt/count": np.int64(3), "chrono/accum_train_time": np.float64(1)}
+    assert arrays(checkpoints.read(save(tmp_path / "a.npz", saved, ""))) == arrays(GIVEN)
 
 
 def test_two_byte_void_is_bfloat16(tmp_path):
@@ -55,15 +55,15 @@ def test_two_byte_void_is_bfloat16(tmp_path):
 
 
 def test_a_file_without_b_is_a_model_without_a_bias(tmp_path):
-    found = numpy_arrays()
-    del found["b"]
-    read = checkpoints.read(save(tmp_path / "a.npz", found))
+    saved = numpy_arrays()
+    del saved["b"]
+    read = checkpoints.read(save(tmp_path / "a.npz", saved))
     assert not read.spec.bias and "b" not in read.arrays
 
 
 def test_the_image_tower_alone_is_read(tmp_path):
-    found = {n: x for n, x in numpy_arrays(("img",)).items() if n.startswith("img/")}
-    read = checkpoints.read(save(tmp_path / "a.npz", found))
+    saved = {n: x for n, x in numpy_arrays(("img",)).items() if n.startswith("img/")}
+    read = checkpoints.read(save(tmp_path / "a.npz", saved))
     assert read.spec.txt is None and arrays(read) == arrays(GIVEN.only("img"))
 
 
@@ -71,30 +71,30 @@ def test_the_contract_beside_the_file_is_believed_and_without_it_the_shapes(tmp_
     checkpoints.write(GIVEN, tmp_path / "a.npz", "big_vision")
     assert checkpoints.read(tmp_path / "a.npz").spec == GIVEN.spec
     (tmp_path / "a.siglip.json").rename(tmp_path / "b.siglip.json")
-    found = checkpoints.read(tmp_path / "a.npz").spec
-    assert found.tokenizer is None and found.pad_id == 1  # not said by shapes
-    assert found.shapes() == GIVEN.spec.shapes()
+    saved = checkpoints.read(tmp_path / "a.npz").spec
+    assert saved.tokenizer is None and saved.pad_id == 1  # not said by shapes
+    assert saved.shapes() == GIVEN.spec.shapes()
 
 
 def test_what_does_not_fit_the_contract_is_said_array_by_array(tmp_path):
-    found = numpy_arrays()
-    del found["img/MAPHead_0/probe"]
-    found["txt/extra"] = np.zeros(3)
-    found["txt/head/bias"] = np.zeros(5, np.float32)
-    save(tmp_path / "a.npz", found)
+    saved = numpy_arrays()
+    del saved["img/MAPHead_0/probe"]
+    saved["txt/extra"] = np.zeros(3)
+    saved["txt/head/bias"] = np.zeros(5, np.float32)
+    save(tmp_path / "a.npz", saved)
     spec.save(GIVEN.spec, tmp_path / "a.siglip.json")
     with pytest.raises(CheckpointError) as error:
         checkpoints.read(tmp_path / "a.npz")
-    told = one_line(error)
-    assert "1 missing there: img/MAPHead_0/probe [1, 1, 32]" in told
-    assert "1 unknown to the model: txt/extra [3]" in told
-    assert "txt/head/bias is [5] there, [32] in the model" in told
+    message = one_line(error)
+    assert "1 missing there: img/MAPHead_0/probe [1, 1, 32]" in message
+    assert "1 unknown to the model: txt/extra [3]" in message
+    assert "txt/head/bias is [5] there, [32] in the model" in message
 
 
-@pytest.mark.parametrize("found", [{}, {"w": np.zeros(3)}], ids=["empty", "other"])
-def test_another_archive_is_refused_in_one_line(found, tmp_path):
+@pytest.mark.parametrize("saved", [{}, {"w": np.zeros(3)}], ids=["empty", "other"])
+def test_another_archive_is_refused_in_one_line(saved, tmp_path):
     with pytest.raises(CheckpointError) as error:
-        checkpoints.read(save(tmp_path / "a.npz", found))
+        checkpoints.read(save(tmp_path / "a.npz", saved))
     assert "a.npz holds no array img/... or txt/..." in one_line(error)
 
 
@@ -113,8 +113,8 @@ def test_the_tokenizer_lies_beside_the_file(tmp_path):
     checkpoints.write(given, tmp_path / "new" / "a.npz", "big_vision")
     assert set(files(tmp_path / "new")) == {"a.npz", "a.siglip.json", "a.c4.model"}
     (tmp_path / "new").rename(tmp_path / "moved")
-    found = checkpoints.read(tmp_path / "moved" / "a.npz").spec
-    assert found.tokenizer["path"] == str(tmp_path / "moved" / "a.c4.model")
+    saved = checkpoints.read(tmp_path / "moved" / "a.npz").spec
+    assert saved.tokenizer["path"] == str(tmp_path / "moved" / "a.c4.model")
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,10 @@ class Hub:
     def download(self, repo, *, allow_patterns, local_files_only=False, **options):
         assert not any("bin" in pattern or pattern == "*" for pattern in allow_patterns)
         self.calls.append((repo, local_files_only))
-        found = self.cache if local_files_only else self.online
-        if found is None:
+        folder = self.cache if local_files_only else self.online
+        if folder is None:
             raise ConnectionError("no way\nto the hub")
-        return str(found)
+        return str(folder)
 
 
 @pytest.fixture
@@ -65,9 +65,9 @@ def test_offline_the_weights_of_the_cache_are_taken_as_they_are(tmp_path, stub):
 def test_no_cache_and_no_network_is_one_line(stub):
     with pytest.raises(CheckpointError) as error:
         checkpoints.read("siglip-b16-224")
-    told = one_line(error)
-    assert told.startswith("google/siglip-base-patch16-224 is not in the cache")
-    assert "no way to the hub" in told and "pass the folder" in told
+    message = one_line(error)
+    assert message.startswith("google/siglip-base-patch16-224 is not in the cache")
+    assert "no way to the hub" in message and "pass the folder" in message
 
 
 @pytest.mark.parametrize("name", ["siglip-b16-224", "google/siglip-base-patch16-224"])

@@ -115,7 +115,7 @@ def test_images_are_resized_as_the_processor_says(folder):
 
 
 @pytest.mark.parametrize(
-    ("file", "changes", "told"),
+    ("file", "changes", "message"),
     [
         (CONFIG, {"model_type": "clip"}, "model_type 'clip' is none of siglip, siglip2, siglip_v"),
         (CONFIG, {"vision_config__hidden_act": "gelu"}, "hidden_act 'gelu'; SigLIP has gelu_py"),
@@ -128,11 +128,11 @@ def test_images_are_resized_as_the_processor_says(folder):
         ("preprocessor_config.json", {"image_std": [0.26] * 3}, "image_std [0.26"),
     ],
 )
-def test_what_is_not_siglip_is_refused_in_one_line(file, changes, told, folder):
+def test_what_is_not_siglip_is_refused_in_one_line(file, changes, message, folder):
     edit(folder / file, **changes)
     with pytest.raises(CheckpointError) as error:
         checkpoints.read(folder)
-    assert told in one_line(error) and str(folder) in one_line(error)
+    assert message in one_line(error) and str(folder) in one_line(error)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "\udcff"])
@@ -204,11 +204,11 @@ def test_differences_are_told_in_the_names_of_the_file(folder):
     rewrite(folder, change)
     with pytest.raises(CheckpointError) as error:
         checkpoints.read(folder)
-    told = one_line(error)
-    assert "1 missing there: vision_model.head.probe [1, 1, 32]" in told
-    assert "1 unknown to the model: vision_model.lora.weight [2, 3]" in told
-    assert "text_model.head.weight is [32, 31] there, [32, 32] in the model" in told
-    assert "img/" not in told and "txt/" not in told
+    message = one_line(error)
+    assert "1 missing there: vision_model.head.probe [1, 1, 32]" in message
+    assert "1 unknown to the model: vision_model.lora.weight [2, 3]" in message
+    assert "text_model.head.weight is [32, 31] there, [32, 32] in the model" in message
+    assert "img/" not in message and "txt/" not in message
 
 
 def test_a_head_or_bias_that_was_filled_in_and_then_trained_is_kept(tmp_path):
@@ -335,10 +335,10 @@ def test_auto_tokenizer_gives_our_tokens(kind, pad_id, tmp_path, transformers):
     assert any("strips punctuation" in note for note in notes) == stripped
     tags = ("a </s>b", "</s>") if kind == "gemma" else ()  # EOS of the others
     for caption in (*TEXTS, *tags, *(() if stripped else PUNCTUATION)):
-        found = theirs(caption, padding="max_length", truncation=True)
+        encoded = theirs(caption, padding="max_length", truncation=True)
         if stripped:  # and white space into one blank each, which SentencePiece does anyway
-            assert set(found) == {"input_ids"}
-        assert found["input_ids"] == preprocess.text(caption).tolist(), repr(caption)
+            assert set(encoded) == {"input_ids"}
+        assert encoded["input_ids"] == preprocess.text(caption).tolist(), repr(caption)
     many = theirs(list(TEXTS), padding="max_length", truncation=True)["input_ids"]
     assert many == [preprocess.text(caption).tolist() for caption in TEXTS]
     assert preprocess.text(TEXTS[3])[-1] == 1
@@ -446,10 +446,10 @@ def test_auto_config_reads_the_sizes(which, tmp_path, transformers):
     elif which != "siglip":
         given = GIVEN.only(which)
     checkpoints.write(given, tmp_path / "hf", "huggingface")
-    found = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
     name = {"img": "SiglipVisionConfig", "txt": "SiglipTextConfig"}.get(which)
-    assert type(found).__name__ == (name or f"{which.capitalize()}Config")
-    vision, text = (getattr(found, f"{x}_config", found) for x in ("vision", "text"))
+    assert type(config).__name__ == (name or f"{which.capitalize()}Config")
+    vision, text = (getattr(config, f"{x}_config", config) for x in ("vision", "text"))
     if which != "txt":
         assert (vision.hidden_size, vision.num_hidden_layers, vision.patch_size) == (
             32, given.spec.img.get("depth", 1), 16,

@@ -146,8 +146,8 @@ def test_fused_projections_lie_in_the_order_query_key_value(kind, theirs, block,
     joint = "" if theirs.endswith("_") else "."
     weight = names.to_theirs(of(entries, f"{theirs}{joint}weight"), leaves).read()
     bias = names.to_theirs(of(entries, f"{theirs}{joint}bias"), leaves).read()
-    got = np.split(x @ weight.T + bias, len(parts), axis=1)
-    for part, y in zip(parts, got):
+    projections = np.split(x @ weight.T + bias, len(parts), axis=1)
+    for part, y in zip(parts, projections):
         where = f"{block}MultiHeadDotProductAttention_0/{long[part]}/"
         kernel, b = leaves[f"{where}kernel"].read(), leaves[f"{where}bias"].read()
         ours = np.einsum("nw,whd->nhd", x, kernel) + b[None]

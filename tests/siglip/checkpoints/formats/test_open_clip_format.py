@@ -117,7 +117,7 @@ def test_images_are_prepared_as_the_config_says(changes, image, folder):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"mean": [0.48145466, 0.4578275, 0.40821073]}, "mean [0.48145466"),
         ({"std": [0.26862954, 0.26130258, 0.27577711]}, "std [0.26862954"),
@@ -126,11 +126,11 @@ def test_images_are_prepared_as_the_config_says(changes, image, folder):
     ],
     ids=["mean", "std", "mode", "interpolation"],
 )
-def test_images_that_are_not_siglips_are_refused_in_one_line(changes, told, folder):
+def test_images_that_are_not_siglips_are_refused_in_one_line(changes, message, folder):
     edit(folder, "preprocess_cfg", **changes)
     with pytest.raises(CheckpointError) as error:
         checkpoints.read(folder)
-    assert told in one_line(error) and open_clip_format.CONFIG in one_line(error)
+    assert message in one_line(error) and open_clip_format.CONFIG in one_line(error)
 
 
 def test_the_tokenizer_and_what_is_not_exact_are_written(tmp_path):
@@ -151,12 +151,12 @@ def test_a_tokenizer_beside_it_is_found(folder):
     (folder / "tokenizer.json").unlink()
     assert checkpoints.read(folder).spec.tokenizer is None
     (folder / "tokenizer.json").write_text("{}")
-    found = {"name": "huggingface", "path": str(folder / "tokenizer.json")}
-    assert checkpoints.read(folder).spec.tokenizer == found
+    block = {"name": "huggingface", "path": str(folder / "tokenizer.json")}
+    assert checkpoints.read(folder).spec.tokenizer == block
 
 
 @pytest.mark.parametrize(
-    ("gone", "told"),
+    ("gone", "message"),
     [
         ("visual.trunk.attn_pool.latent", "1 missing there: visual.trunk.attn_pool.latent"),
         ("text.positional_embedding", "'text.positional_embedding' is missing"),
@@ -165,7 +165,7 @@ def test_a_tokenizer_beside_it_is_found(folder):
     ],
     ids=["array", "positions", "layers", "all"],
 )
-def test_other_arrays_are_refused_in_one_line(gone, told, folder):
+def test_other_arrays_are_refused_in_one_line(gone, message, folder):
     def change(leaves):
         for name in [n for n in leaves if n.startswith(gone)]:
             del leaves[name]
@@ -175,7 +175,7 @@ def test_other_arrays_are_refused_in_one_line(gone, told, folder):
     rewrite(folder, change)
     with pytest.raises(CheckpointError) as error:
         checkpoints.read(folder)
-    assert told in one_line(error)
+    assert message in one_line(error)
 
 
 def test_what_open_clip_has_not_is_refused_in_one_line(tmp_path):
