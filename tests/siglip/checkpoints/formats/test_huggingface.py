@@ -123,7 +123,7 @@ def test_images_are_resized_as_the_processor_says(folder):
         (CONFIG, {"vision_config__vision_use_head": False}, "vision_use_head is false"),
         (CONFIG, {"text_config__layer_norm_eps": 1e-5}, "layer_norm_eps 1e-05"),
         (CONFIG, {"vision_config__image_size": [32, 48]}, "image_size [32, 48] is no square"),
-        ("preprocessor_config.json", {"resample": 1}, "Pillow's resample 1 there"),
+        ("preprocessor_config.json", {"resample": 1}, "Pillow's resample 1, which is none"),
         ("preprocessor_config.json", {"image_mean": [0.48, 0.45, 0.4]}, "image_mean [0.48"),
         ("preprocessor_config.json", {"image_std": [0.26] * 3}, "image_std [0.26"),
     ],
