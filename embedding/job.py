@@ -66,7 +66,7 @@ def embed_source(
       model: model.apply({'params': params}, image=..., text=...) -> (zimg, ztxt, _), unit norm.
       params: of the model, in any placement. Every device gets all of them.
       preprocess: see transforms.Preprocess.
-      source: see input_pipeline/__init__.py. Read once, in its order, also for texts alone.
+      source: see input_pipeline/sources/contract.py. Read once, in its order, also for texts alone.
       out: a new folder, or that of an earlier run with the same settings, which is continued.
       description: what else must be equal in a run that continues, as JSON: model, preprocessing,
         source.

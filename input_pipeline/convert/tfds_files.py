@@ -18,7 +18,7 @@ from base.errors import UserError
 from base.words import nearest, one_line
 from input_pipeline.convert.conversion import Progress, config_lines, locked, save
 from input_pipeline.convert.writers import array_record_writer
-from input_pipeline.sources.array_record import Example
+from input_pipeline.sources.array_record import TfExample
 
 
 def convert_tfds(folder: pathlib.Path, out: pathlib.Path) -> list[str]:
@@ -158,7 +158,7 @@ def _tfrecords(file: BinaryIO, path: pathlib.Path) -> Iterator[bytes]:
 
 def _is_example(data: bytes) -> bool:
     try:
-        Example.FromString(data)
+        TfExample.FromString(data)
     except DecodeError:
         return False
     return True

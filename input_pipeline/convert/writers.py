@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 from base.words import one_line
-from input_pipeline.sources.array_record import Example
+from input_pipeline.sources.array_record import TfExample
 
 ROW_GROUP = 100  # rows of Parquet that are read together: some megabytes of images
 
@@ -35,7 +35,7 @@ class Row(NamedTuple):
 def _write_array_record(path: pathlib.Path, rows: Iterator[Row], class_names: Any) -> None:
     with array_record_writer(path) as write:
         for row in rows:
-            example = Example()
+            example = TfExample()
             feature = example.features.feature
             feature["image"].bytes_list.value.append(row.image)
             feature["id"].bytes_list.value.append(row.id.encode("utf-8", "replace"))

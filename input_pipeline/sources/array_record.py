@@ -19,7 +19,8 @@ from base import whole_file
 from base.errors import UserError
 from base.words import nearest, one_line
 from input_pipeline.errors import BadExample
-from input_pipeline.sources.columns import captions, in_threads, weighted_names
+from input_pipeline.sources.columns import in_threads, make_captions, weighted_names
+from input_pipeline.sources.contract import Captions, Example
 from input_pipeline.sources.storage import (
     Blob,
     expand,
@@ -39,7 +40,7 @@ SAMPLE = 10  # records that show at the start which features there are, from all
 
 PIECE = 16 << 20  # bytes of a file that is copied
 
-Example: Any = tf_example.Example  # pyright: ignore[reportAttributeAccessIssue]
+TfExample: Any = tf_example.Example  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ArrayRecord:
@@ -91,7 +92,7 @@ class ArrayRecord:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> Example:
         if not 0 <= i < len(self):
             raise IndexError(i)
         file = int(np.searchsorted(self._starts, i, "right")) - 1
@@ -99,7 +100,7 @@ class ArrayRecord:
         shard = self._paths[file]
         name = f"{os.path.basename(shard)}[{row}]"
         try:
-            return {**self._example(self._record(file, row)), "id": name, "shard": shard}
+            return self._example(self._record(file, row), id=name, shard=shard)
         except BadExample as error:
             error.id, error.shard = name, shard
             raise
@@ -123,7 +124,7 @@ class ArrayRecord:
         for i in range(int(self._starts[file]), int(self._starts[file + 1])):
             try:
                 record = self._record(file, i - int(self._starts[file]))
-                languages = self._captions(record)["languages"]
+                languages = self._captions(record).get("languages", [])
             except BadExample:
                 continue  # whoever reads it is told
             for language in set(languages) - {""}:
@@ -164,13 +165,14 @@ class ArrayRecord:
             raise BadExample("damaged record", one_line(error)) from error
         return _features(data)
 
-    def _example(self, record: dict[str, Any]) -> dict[str, Any]:
+    def _example(self, record: dict[str, Any], *, id: str, shard: str) -> Example:
         images = _values(record, self._image, "bytes_list")
         if not images or not images[0]:
             raise BadExample("no image", f"nothing in {self._image!r}")
         if len(images) > 1:
             raise BadExample("damaged record", f"{len(images)} images in {self._image!r}")
-        example = {"image": images[0], **self._captions(record)}
+        captions = self._captions(record)
+        example: Example = {"image": images[0], "id": id, "shard": shard, **captions}
         if self._label:
             labels = _values(record, self._label, "int64_list")
             if len(labels) != 1:
@@ -178,10 +180,10 @@ class ArrayRecord:
             example["label"] = int(labels[0])
         return example
 
-    def _captions(self, record: dict[str, Any]) -> dict[str, Any]:
+    def _captions(self, record: dict[str, Any]) -> Captions:
         texts = [_strings(record, name) for name in self._texts]
         languages = _strings(record, self._language) if self._language else None
-        return captions(texts, self._weights, languages)
+        return make_captions(texts, self._weights, languages)
 
     def _check_features(self) -> None:
         """Every feature that the settings name is in some of the first records, with its type."""
@@ -238,7 +240,7 @@ def _open(path: str) -> Any:
 def _features(data: bytes) -> Any:
     """The features of a tf.train.Example. TFDS has a copy of its definition of its own."""
     try:
-        return Example.FromString(data).features.feature
+        return TfExample.FromString(data).features.feature
     except DecodeError as error:
         raise BadExample("damaged record", "no tf.train.Example") from error
 

@@ -1,20 +1,20 @@
-"""What Parquet columns and ArrayRecord features share: which hold captions, what an example has of
-them, and many files opened at once."""
+"""What Parquet columns and ArrayRecord features share: captions of several fields with weights,
+and many files opened at once."""
 
 import concurrent.futures
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from base.errors import UserError
 from input_pipeline.errors import BadExample
+from input_pipeline.sources.contract import Captions
 
-OPENERS = 16  # threads that read footers, mostly waiting
+OPENERS = 16  # threads that read footers; they mostly wait for the storage
 
 
 def weighted_names(source: str, text: str | Sequence) -> tuple[list[str], list[float] | None]:
-    """The fields that the setting `text` names, and how often each is drawn (None: not said).
+    """The fields that the setting `text` names, and the weight of each (None: no weights).
 
     Raises:
       UserError: the setting is neither a name nor (name, how often) pairs.
@@ -34,46 +34,51 @@ def weighted_names(source: str, text: str | Sequence) -> tuple[list[str], list[f
     return names, weights
 
 
-def captions(
-    found: Sequence[Sequence[str | None]],
+def make_captions(
+    texts_of_fields: Sequence[Sequence[str | None]],
     weights: Sequence[float] | None,
     languages: Sequence[str | None] | None,
-) -> dict[str, Any]:
-    """texts, weights and languages of an example, without its empty texts.
+) -> Captions:
+    """The captions of an example, without empty texts.
 
     Args:
-      found: the texts of each field.
-      weights: of each field, which its texts share; None: there are none.
-      languages: of each text, or one for all; None: there are none.
+      texts_of_fields: the texts of each field.
+      weights: weight of each field, which its texts share; None: there are no weights.
+      languages: language of each text, or one for all; None: the source has no languages.
 
     Raises:
-      BadExample: there are more languages than one and not as many as texts.
+      BadExample: there are several languages, and not one for each text.
     """
     shares = []
-    for texts, weight in zip(found, weights or itertools.repeat(1.0)):
-        kept = sum(_is_said(text) for text in texts)
+    for texts, weight in zip(texts_of_fields, weights or itertools.repeat(1.0)):
+        kept = sum(_has_text(text) for text in texts)
         shares += [weight / kept if kept else 0.0] * len(texts)
-    flat = [text for texts in found for text in texts]
-    keep = [k for k, text in enumerate(flat) if _is_said(text)]
-    example: dict[str, Any] = {"texts": [flat[k] for k in keep]}
+    flat = [text for texts in texts_of_fields for text in texts]
+    keep = [k for k, text in enumerate(flat) if _has_text(text)]
+    captions: Captions = {"texts": [flat[k] or "" for k in keep]}
     if weights is not None:
-        example["weights"] = [shares[k] for k in keep]
+        captions["weights"] = [shares[k] for k in keep]
     if languages is not None:
         if len(languages) == 1:
             languages = [languages[0]] * len(flat)
         if len(languages) not in (0, len(flat)):
-            told = f"{len(flat)} texts in {len(languages)} languages"
-            raise BadExample("damaged record", told)
-        example["languages"] = [languages[k] or "" for k in keep] if languages else [""] * len(keep)
-    return example
+            message = f"{len(flat)} texts in {len(languages)} languages"
+            raise BadExample("damaged record", message)
+        captions["languages"] = (
+            [languages[k] or "" for k in keep] if languages else [""] * len(keep)
+        )
+    return captions
 
 
-def _is_said(text: str | None) -> bool:
+def _has_text(text: str | None) -> bool:
     return bool(text and text.strip())
 
 
 def in_threads(function: Callable, values: Sequence) -> list:
-    """In threads; the error of the first that fails, without waiting for all others."""
+    """The results of the function for all values, computed in threads.
+
+    The first error is raised at once, without waiting for the others.
+    """
     pool = concurrent.futures.ThreadPoolExecutor(min(OPENERS, len(values)))
     try:
         return list(pool.map(function, values))

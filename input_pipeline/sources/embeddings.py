@@ -14,7 +14,7 @@ import os
 import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from base.errors import UserError
 from base.words import one_line
 from input_pipeline.sources.columns import in_threads
+from input_pipeline.sources.contract import Example
 
 MANIFEST = "manifest.json"
 VERSION = 1  # of the files; others are refused
@@ -99,8 +100,8 @@ class Embeddings:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        """image float32 [d], texts, id; weights, languages and label where there are some."""
+    def __getitem__(self, i: int) -> Example:
+        """Example i: its image is float32 [d]."""
         k, row = self._find(i)
         shard = self._open(k)
         if shard.image is None:
@@ -108,9 +109,10 @@ class Embeddings:
                 f"{self.path} has no embeddings of images; embed again with --what image,text"
             )
         fields = {name: shard.rows.column(name)[row].as_py() for name in FIELDS}
-        found = {name: value for name, value in fields.items() if value is not None}
-        image = np.asarray(shard.image[row], np.float32)
-        return {"image": image, **found, "shard": os.path.join(self.path, file_name("image", k))}
+        example = {name: value for name, value in fields.items() if value is not None}
+        example["image"] = np.asarray(shard.image[row], np.float32)
+        example["shard"] = os.path.join(self.path, file_name("image", k))
+        return cast(Example, example)
 
     @property
     def blocks(self) -> np.ndarray | None:

@@ -14,6 +14,7 @@ from absl import logging
 from base.errors import UserError
 from base.words import nearest
 from input_pipeline.sources import storage
+from input_pipeline.sources.contract import Example
 from input_pipeline.sources.zip_file import Zip
 
 # Number of loose images whose existence is checked at the start. A missing folder shows at once,
@@ -98,16 +99,17 @@ class Files:
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        """image: its bytes; b'' where the file has gone or is damaged in its zip file."""
+    def __getitem__(self, i: int) -> Example:
+        """Row i. Its image is b'' where the file has gone or is damaged in its zip file."""
         name = self._names[i]
         try:
             image = self._read_image(name)
         except (OSError, KeyError, zipfile.BadZipFile):
             image = b""  # a bad image, which training counts and evaluation refuses
-        example = {"image": image, "texts": list(self._texts[i]), "id": name}
-        if self._labels[i] is not None:
-            example["label"] = self._labels[i]
+        example: Example = {"image": image, "texts": list(self._texts[i]), "id": name}
+        label = self._labels[i]
+        if label is not None:
+            example["label"] = label
         if self._languages is not None:
             example["languages"] = list(self._languages[i])
         return example

@@ -1,18 +1,18 @@
-"""A source of examples that are in memory already."""
+"""A source of examples that are in memory."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from base.errors import UserError
+from input_pipeline.sources.contract import Example
 
 
 class Memory:
-    """Examples out of arrays or encoded bytes.
+    """A source made of arrays or encoded bytes, for use from Python.
 
     Args:
-      images: one item per example, uint8[h, w, 3] or encoded bytes (an array of all is one too).
+      images: one per example, uint8 [h, w, 3] or encoded bytes; or one array [n, h, w, 3].
       texts: one text, or a list of texts, per example.
       labels: one integer per example, or None.
       class_names: the name of each label.
@@ -31,8 +31,7 @@ class Memory:
         class_names: Sequence[str] | None = None,
         ids: Sequence[str] | None = None,
     ):
-        given = (("texts", texts), ("labels", labels), ("ids", ids))
-        for name, values in given:
+        for name, values in (("texts", texts), ("labels", labels), ("ids", ids)):
             if values is not None and len(values) != len(images):
                 raise UserError(
                     f"source 'memory': {len(images)} images but {len(values)} {name}; "
@@ -52,8 +51,8 @@ class Memory:
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        example = {
+    def __getitem__(self, i: int) -> Example:
+        example: Example = {
             "image": self._images[i],
             "texts": list(self._texts[i]),
             "id": f"memory/{i}" if self._ids is None else self._ids[i],

@@ -7,7 +7,6 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,8 @@ import pyarrow.parquet as pq
 from base.errors import UserError
 from base.words import nearest, one_line
 from input_pipeline.errors import BadExample
-from input_pipeline.sources.columns import captions, in_threads, weighted_names
+from input_pipeline.sources.columns import in_threads, make_captions, weighted_names
+from input_pipeline.sources.contract import Example
 from input_pipeline.sources.storage import (
     Blob,
     expand,
@@ -103,7 +103,7 @@ class Parquet:
     def __len__(self) -> int:
         return int(self.blocks[-1])
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> Example:
         if not 0 <= i < len(self):
             raise IndexError(i)
         block = int(np.searchsorted(self.blocks, i, "right")) - 1
@@ -111,11 +111,11 @@ class Parquet:
         path = self._paths[file]
         name = f"{os.path.basename(path)}[{i - self._first_row[file]}]"
         try:
-            example = self._example(self._group(block), i - int(self.blocks[block]), path)
+            row = i - int(self.blocks[block])
+            return self._example(self._group(block), row, id=name, shard=path)
         except BadExample as error:
             error.id, error.shard = name, path
             raise
-        return {**example, "id": name, "shard": path}
 
     def by_language(self) -> dict[str, np.ndarray]:
         """Rows of each language, ascending; only that column is read, once. {}: not known."""
@@ -186,19 +186,21 @@ class Parquet:
             return f"row group {group}: it is not what it was when the file was opened"
         return table
 
-    def _example(self, table: pa.Table, row: int, path: str) -> dict[str, Any]:
-        example: dict[str, Any] = {"image": self._read_image(table.column(self._image)[row], path)}
+    def _example(self, table: pa.Table, row: int, *, id: str, shard: str) -> Example:
+        image = self._read_image(table.column(self._image)[row], shard)
         try:
             texts = [_listed(table.column(name)[row]) for name in self._texts]
             language = self._language and table.column(self._language)[row]
             languages = _listed(language) if self._language else None
         except UnicodeDecodeError as error:
             raise BadExample("caption not UTF-8", one_line(error)) from error
-        example |= captions(texts, self._weights, languages)
+        captions = make_captions(texts, self._weights, languages)
+        example: Example = {"image": image, "id": id, "shard": shard, **captions}
         if self._label:
-            example["label"] = table.column(self._label)[row].as_py()
-            if example["label"] is None:
+            label = table.column(self._label)[row].as_py()
+            if label is None:
                 raise BadExample("damaged record", f"no class in {self._label!r}")
+            example["label"] = label
         return example
 
     def _read_image(self, cell: pa.Scalar, path: str) -> bytes:

@@ -1,4 +1,6 @@
-"""All sources by their names in config files; see input_pipeline/__init__.py for what one is."""
+"""All sources by their names in config files; contract.py says what a source is."""
+
+from collections.abc import Callable
 
 from input_pipeline.sources import (
     array_record,
@@ -9,9 +11,10 @@ from input_pipeline.sources import (
     scenes,
     tfds,
 )
+from input_pipeline.sources.contract import Source
 from input_pipeline.sources.webdataset import source
 
-SOURCES = {
+SOURCES: dict[str, Callable[..., Source]] = {
     "files": files.Files,
     "webdataset": source.WebDataset,
     "parquet": parquet.Parquet,

@@ -1,4 +1,4 @@
-"""Drawn scenes with captions, made on the spot: data for the quickstart, nothing to download.
+"""A source of drawn scenes with captions: data for the quickstart, nothing to download.
 
 A scene has a large main shape and a small second one, each with a colour, a relation between them
 and a background: 'a red star above a small blue ring on black'. Every eighth combination of these
@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from base.errors import UserError
+from input_pipeline.sources.contract import Example
 
-# Short names on purpose: with an end token the longest caption has 48 bytes.
+# Names are short so that the longest caption, with its end token, has 48 bytes.
 COLOURS = {
     "red": (215, 35, 35),
     "blue": (45, 90, 245),
@@ -34,7 +35,7 @@ RELATIONS = (
     ("left of", "right of", (1, 0)),
     ("right of", "left of", (-1, 0)),
 )
-HELD_OUT = 8  # one combination in so many
+HELD_OUT = 8  # one of this many combinations is held out
 SIZES = {"train": 16_384, "val": 500}
 CHUNK = 1024  # images drawn at a time, which bounds the memory of the drawing
 
@@ -90,7 +91,7 @@ def combinations(split: str) -> Int[np.ndarray, "m 6"]:
 
 
 def captions(attributes: Int[np.ndarray, "6"]) -> list[str]:
-    """Wordings of one scene, the plainest first; each tells all its attributes."""
+    """Captions of one scene, the plainest first; each names all its attributes."""
     colour, shape, colour2, shape2, relation, ground = attributes
     colours, shapes = tuple(COLOURS), tuple(SHAPES)
     main = f"{colours[colour]} {shapes[shape]}"
@@ -108,25 +109,26 @@ def captions(attributes: Int[np.ndarray, "6"]) -> list[str]:
 def draw(
     attributes: Int[np.ndarray, "n 6"], res: int, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "n res res 3"]:
-    """Draws the scenes, each with its own jitter of place, size, angle and colour, and noise."""
+    """Draws scenes, each with random jitter of position, size, angle and colour, and noise."""
     n = len(attributes)
 
     def uniform(low, high, *shape):
         return rng.uniform(low, high, (n, *shape)).astype(np.float32)
 
-    # The frame is 2 x 2 units round (0, 0). Both shapes stay inside it and apart at these numbers.
-    towards = np.array([direction for _, _, direction in RELATIONS], np.float32)[attributes[:, 4]]
-    aside = towards[:, ::-1]
-    main_at = -towards * uniform(0.34, 0.46, 1) + aside * uniform(-0.3, 0.3, 1)
-    second_at = towards * uniform(0.54, 0.64, 1) + aside * uniform(-0.45, 0.45, 1)
+    # The frame is 2 x 2 units around (0, 0). With these ranges both shapes stay inside it and
+    # do not touch.
+    direction = np.array([shift for _, _, shift in RELATIONS], np.float32)[attributes[:, 4]]
+    normal = direction[:, ::-1]
+    main_centre = -direction * uniform(0.34, 0.46, 1) + normal * uniform(-0.3, 0.3, 1)
+    second_centre = direction * uniform(0.54, 0.64, 1) + normal * uniform(-0.45, 0.45, 1)
     image = _jittered(BACKGROUNDS, attributes[:, 5], uniform(-8, 8, 3))
     image = np.broadcast_to(image[:, None, None], (n, res, res, 3)).copy()
-    for digit, at, radius in (
-        (0, main_at, uniform(0.44, 0.5)),
-        (2, second_at, uniform(0.28, 0.33)),
+    for digit, centre, radius in (
+        (0, main_centre, uniform(0.44, 0.5)),
+        (2, second_centre, uniform(0.28, 0.33)),
     ):
         colour = _jittered(COLOURS, attributes[:, digit], uniform(-15, 15, 3))
-        cover = _cover(attributes[:, digit + 1], at, radius, uniform(-0.2, 0.2), res)[..., None]
+        cover = _cover(attributes[:, digit + 1], centre, radius, uniform(-0.2, 0.2), res)[..., None]
         image += cover * (colour[:, None, None] - image)
     image += 5 * rng.standard_normal(image.shape, dtype=np.float32)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
@@ -138,7 +140,7 @@ def _jittered(palette: dict, chosen: Int[np.ndarray, " n"], jitter: Float[np.nda
 
 def _cover(
     shape: Int[np.ndarray, " n"],
-    at: Float[np.ndarray, "n 2"],
+    centre: Float[np.ndarray, "n 2"],
     radius: Float[np.ndarray, " n"],
     angle: Float[np.ndarray, " n"],
     res: int,
@@ -149,8 +151,8 @@ def _cover(
     for i, distance in enumerate(SHAPES.values()):
         which = shape == i
         scale = radius[which, None, None]
-        x = (axis[None, None, :] - at[which, 0, None, None]) / scale
-        y = (axis[None, :, None] - at[which, 1, None, None]) / scale
+        x = (axis[None, None, :] - centre[which, 0, None, None]) / scale
+        y = (axis[None, :, None] - centre[which, 1, None, None]) / scale
         cos, sin = np.cos(angle[which])[:, None, None], np.sin(angle[which])[:, None, None]
         inside = -distance(cos * x + sin * y, cos * y - sin * x) * scale * (res / 2)  # in pixels
         out[which] = np.clip(inside + 0.5, 0, 1)
@@ -158,17 +160,17 @@ def _cover(
 
 
 class Scenes:
-    """Scenes drawn once, here; equal arguments give equal scenes.
+    """Scenes drawn when the source is made; equal arguments give equal scenes.
 
     `label` is the main (large) shape with its colour, one of 48 `class_names` such as 'red star'.
-    Zero-shot templates that suit: 'a {}', 'a {} on black', 'a {} on white'.
+    Suitable zero-shot templates: 'a {}', 'a {} on black', 'a {} on white'.
 
     Args:
       split: 'train', whose captions come in several wordings, or 'val', with one caption for each
         scene, all different, of attribute combinations that 'train' never has.
       size: number of scenes; 0 means 16,384 for 'train' and 500 for 'val'.
       res: side of the images in pixels.
-      seed: of the drawing.
+      seed: seed of the drawing.
 
     Raises:
       UserError: a split that does not exist, or more 'val' scenes than held-out combinations.
@@ -184,7 +186,7 @@ class Scenes:
         if split == "val" and size > len(combos):
             raise UserError(f"scenes: size {size} is too large, 'val' has {len(combos)} scenes")
         rng = np.random.default_rng([seed, split == "val"])
-        # Each combination once before any comes again.
+        # Each combination occurs once before any occurs again.
         order = [rng.permutation(len(combos)) for _ in range(-(-size // len(combos)))]
         self.split = split
         self.attributes = combos[np.concatenate(order)[:size]]
@@ -197,7 +199,7 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, i: int) -> dict:
+    def __getitem__(self, i: int) -> Example:
         attributes = self.attributes[i]
         texts = captions(attributes)
         return {

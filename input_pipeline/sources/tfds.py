@@ -12,6 +12,7 @@ from tensorflow_datasets.core import read_only_builder
 from base.errors import UserError
 from base.words import nearest, one_line
 from input_pipeline.errors import BadExample
+from input_pipeline.sources.contract import Example
 
 
 class Tfds:
@@ -79,7 +80,7 @@ class Tfds:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> Example:
         record, name = self._record(i), f"{self._name}[{i}]"
         try:
             texts = _strings(_at(record, self._text)) if self._text else []
@@ -87,7 +88,7 @@ class Tfds:
             told = one_line(error)
             raise BadExample("caption not UTF-8", told, id=name, shard=self._folder) from error
         image = bytes(_at(record, self._image))
-        example: dict[str, Any] = {"image": image, "texts": texts, "id": name}
+        example: Example = {"image": image, "texts": texts, "id": name}
         if self._label:
             example["label"] = int(_at(record, self._label))
         return example

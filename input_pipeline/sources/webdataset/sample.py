@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from base.words import one_line
 from input_pipeline.errors import BadExample
 from input_pipeline.sources import storage
+from input_pipeline.sources.contract import Example
 from input_pipeline.sources.webdataset.tar_headers import (
     BLOCK,
     MOST_EXTENDED,
@@ -33,7 +34,7 @@ class Field(NamedTuple):
 
 
 def read_sample(
-    blob: storage.Blob, members: list[Extent], example: dict[str, Any], base: str
+    blob: storage.Blob, members: list[Extent], example: Example, base: str
 ) -> tuple[str, bytes, list[bytes | None]]:
     """The image's name and bytes, and the bytes of the other members. Names the example as soon
     as its name is known."""

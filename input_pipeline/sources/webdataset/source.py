@@ -21,6 +21,7 @@ from base.errors import UserError
 from base.words import nearest, one_line
 from input_pipeline.errors import BadExample
 from input_pipeline.sources import storage
+from input_pipeline.sources.contract import Example
 from input_pipeline.sources.webdataset.index import (
     Layout,
     Summary,
@@ -99,30 +100,35 @@ class WebDataset:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        """image, texts, weights, id, shard; languages and label where the config names them.
+    def __getitem__(self, i: int) -> Example:
+        """Sample i; with languages and a label where the config names them.
 
         Raises:
           BadExample: the sample does not hold what its headers promised, or no valid captions.
         """
         blob, place, members, language = self._place(i)
         base = blob.path.rsplit("/", 1)[-1]
-        example: dict[str, Any] = {"id": f"{base}[{place}]", "shard": blob.path}
+        example: Example = {
+            "image": b"",
+            "texts": [],
+            "id": f"{base}[{place}]",
+            "shard": blob.path,
+        }
         try:
             name, image, contents = read_sample(blob, members, example, base)
-            example |= {"id": f"{base}/{name}", "image": image}
+            example["id"], example["image"] = f"{base}/{name}", image
             fields = Fields(dict(zip(self._layout.texts, contents)))
             texts = []
             for field, weight in self._captions:
-                said = [text for text in fields.texts(field) if text.strip()]
-                texts += [(text, weight / len(said)) for text in said]  # a list shares its weight
+                kept = [text for text in fields.texts(field) if text.strip()]
+                texts += [(text, weight / len(kept)) for text in kept]  # a list shares its weight
             example["texts"] = [text for text, _ in texts]
             if self._captions:
                 example["weights"] = [weight for _, weight in texts]
             if self._label:
                 example["label"] = fields.integer(self._label)
         except BadExample as error:
-            error.id, error.shard = example["id"], example["shard"]
+            error.id, error.shard = example["id"], blob.path
             raise
         if self._language:
             example["languages"] = [language] * len(texts)

@@ -16,7 +16,7 @@ from array_record.python.array_record_module import (  # pyright: ignore[reportM
 from base.errors import UserError
 from input_pipeline.errors import BadExample
 from input_pipeline.sources import array_record
-from input_pipeline.sources.array_record import ArrayRecord, Example
+from input_pipeline.sources.array_record import ArrayRecord, TfExample
 
 
 def image(i):
@@ -24,7 +24,7 @@ def image(i):
 
 
 def record(**features):
-    example = Example()
+    example = TfExample()
     for name, values in features.items():
         feature = example.features.feature[name]
         kind = {bytes: "bytes_list", int: "int64_list", float: "float_list"}[type(values[0])]
@@ -228,7 +228,7 @@ def test_mutated_records_parse_or_are_bad_examples(tmp_path):
         data[places] = rng.integers(0, 256, len(places))
         cut = data[: rng.integers(0, len(data))] if k % 4 == 0 else data
         try:
-            source._example(array_record._features(cut.tobytes()))
+            source._example(array_record._features(cut.tobytes()), id="a", shard="b")
             outcomes.add("parsed")
         except BadExample as error:
             outcomes.add(error.kind)

@@ -349,10 +349,23 @@ def test_progress_is_told_when_it_takes_long(tmp_path, monkeypatch, capfd):
     put(tmp_path / "a.tar", flat(GOOD))
     WebDataset(path=str(tmp_path / "a.tar"))
     assert capfd.readouterr().err == ""
-    monkeypatch.setattr(index, "QUIET", 0.02)
-    gate, walk = threading.Event(), index.walk
+    # The second shard is walked only when the line about the first has been printed.
+    printed, open_shard, walk = threading.Event(), index._open_shard, index.walk
+
+    def open_then_report(path, *rest):
+        shard = open_shard(path, *rest)
+        index.QUIET = 0.0
+        return shard
+
+    def print_and_note(*text, **options):
+        print(*text, **options)
+        printed.set()
+
+    monkeypatch.setattr(index, "QUIET", 1e9)
+    monkeypatch.setattr(index, "_open_shard", open_then_report)
+    monkeypatch.setattr(index, "print", print_and_note, raising=False)
     monkeypatch.setattr(
-        index, "walk", lambda *a: (gate.wait(0.3) if "1.tar" in a[0].path else 0, walk(*a))[1]
+        index, "walk", lambda *a: (printed.wait(60) if "1.tar" in a[0].path else 0, walk(*a))[1]
     )
     for shard in range(2):
         put(tmp_path / f"{shard}.tar", sample(shard))
