@@ -9,9 +9,20 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
+from base.command_line import (
+    AGAIN,
+    DIVERGED,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    MISTAKE,
+    Parser,
+    report,
+    run,
+    split_overrides,
+)
+from base.errors import UserError
 from base.words import nearest
-
-DONE, FAILED, MISTAKE, INTERRUPTED, DIVERGED = 0, 1, 2, 85, 87
 
 HELP = """\
 Trains a SigLIP model and evaluates it, as a config file says.
@@ -32,18 +43,11 @@ command again), 87 diverged.
 """
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(MISTAKE, f"error: {message}\n")
-
-
 def make_parser() -> Parser:
     parser = Parser(
         description=HELP,
         epilog=EPILOG,
         usage="python main.py --config path.py[:arguments] --workdir path [--config.x.y=value ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--config", metavar="path.py", help="config file; with --eval_only that of the workdir")
@@ -70,43 +74,18 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """Does what the command line says; the exit code. A mistake of the user is one line."""
+    """Trains or evaluates as the command line says; returns the exit code."""
+    return run(lambda: _main(argv))
+
+
+def _main(argv: list[str]) -> int:
     parser = make_parser()
     flags, rest = parser.parse_known_args(argv)
     check_flags(parser, flags, rest)
-    try:
-        return run(flags, rest)
-    except KeyboardInterrupt:
-        return told(INTERRUPTED, "interrupted; run the same command again to go on")
-
-
-def interrupt(signum, frame) -> NoReturn:
-    """Ends what has nothing to save. Python drops an exception that is raised in a callback, of the
-    garbage collector say: then the loop's own handler finds `asked` and stops at its first step."""
-    interrupt.asked = True
-    raise KeyboardInterrupt
-
-
-def out_of_memory(config: Any, error: Exception) -> str:
-    asked = re.search(r"allocating (\d+) bytes", str(error))
-    size = f" (a buffer of {int(asked[1]) / 1e9:.1f} GB)" if asked else ""
-    batch = config.input.batch_size
-    return (
-        f"the device has no memory for this{size}: embed fewer of the {batch} pairs at a time, "
-        f"--config.input.microbatch={max(1, batch // 8)}, which changes no result, or take a "
-        f"smaller input.batch_size, input.res={config.input.res} or model"
-    )
-
-
-def run(flags: argparse.Namespace, rest: list[str]) -> int:
-    # Imports take seconds, so they stand where they are first needed.
-    from base.errors import UserError
+    # Imports of jax and trainers take seconds, so they stand where they are first needed.
     from trainers.machine import distributed
 
-    try:
-        config, decision = checked(flags, rest)
-    except UserError as mistake:
-        return told(MISTAKE, f"error: {mistake}")
+    config, decision = prepare(flags, rest)
     distributed.start(decision, heartbeat_timeout=flags.heartbeat_timeout)
 
     import jax
@@ -121,34 +100,54 @@ def run(flags: argparse.Namespace, rest: list[str]) -> int:
     try:
         (trainers.evaluate if flags.eval_only else trainers.train)(config, flags.workdir)
     except UserError as mistake:
-        return distributed.leave(decision, told(MISTAKE, f"error: {mistake}"))
+        return distributed.leave(decision, report(MISTAKE, f"error: {mistake}"))
     except SaveError as failure:  # a full disk, say: nothing was lost but the last save
-        return distributed.leave(decision, told(FAILED, f"error: {failure}"))
+        return distributed.leave(decision, report(FAILED, f"error: {failure}"))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return distributed.leave(decision, told(FAILED, f"error: {out_of_memory(config, error)}"))
+        return distributed.leave(decision, report(FAILED, f"error: {out_of_memory(config, error)}"))
     except Interrupted as stop:
-        return told(INTERRUPTED, f"{stop}; run the same command again to go on")
+        return report(INTERRUPTED, f"{stop}; {AGAIN}")
     except Diverged as end:
-        return told(DIVERGED, f"diverged: {end}")
+        return report(DIVERGED, f"diverged: {end}")
     except Exception:
         if decision.join:
             traceback.print_exc()
-            distributed.leave(decision, 1)
+            distributed.leave(decision, FAILED)
         raise
     return DONE
 
 
-def checked(flags: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
-    """The config, which fits the workdir, and the other processes; UserError before any work."""
+def check_flags(parser: Parser, flags: argparse.Namespace, rest: list[str]) -> None:
+    """UserError if the flags are no command."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    for arg in rest:
+        if re.match(r"-+[a-zA-Z]", arg) and not re.match(r"--?(no)?config\.", arg):
+            flag = arg.partition("=")[0]
+            raise UserError(f"unknown flag {flag}; {nearest(flag, known[2:])}")
+    if not flags.config and not flags.eval_only:
+        configs = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
+        raise UserError(f"pass --config, one of {', '.join(configs) or 'your files'}; see --help")
+    if "://" in (flags.workdir or ""):
+        raise UserError(f"--workdir={flags.workdir} is no folder; mount the bucket")
+    if not flags.workdir:
+        stem = pathlib.Path((flags.config or "my_run").partition(":")[0]).stem
+        raise UserError(f"pass --workdir, the folder of the run, such as --workdir runs/{stem}")
+
+
+def prepare(flags: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
+    """The complete config and the decision about other processes, before jax starts a backend.
+
+    Raises:
+      UserError: the config is invalid, or the workdir holds a run of another one.
+    """
     import jax
 
-    from base.errors import UserError
     from trainers.config import complete, stored
     from trainers.machine import compilation, distributed
 
-    overrides, rest = complete.split_overrides(rest)
+    overrides, rest = split_overrides(rest)
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; settings are --config.key=value")
     config: Any = (
@@ -174,26 +173,26 @@ def checked(flags: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     return config, decision
 
 
-def check_flags(parser: Parser, flags: argparse.Namespace, rest: list[str]) -> None:
-    """Exits with one line if the flags are no command."""
-    known = [option for action in parser._actions for option in action.option_strings]
-    for arg in rest:
-        if re.match(r"-+[a-zA-Z]", arg) and not re.match(r"--?(no)?config\.", arg):
-            flag = arg.partition("=")[0]
-            parser.error(f"unknown flag {flag}; {nearest(flag, known[2:])}")
-    if not flags.config and not flags.eval_only:
-        configs = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
-        parser.error(f"pass --config, one of {', '.join(configs) or 'your files'}; see --help")
-    if "://" in (flags.workdir or ""):
-        parser.error(f"--workdir={flags.workdir}: only folders of a file system, mount the bucket")
-    if not flags.workdir:
-        stem = pathlib.Path((flags.config or "my_run").partition(":")[0]).stem
-        parser.error(f"pass --workdir, the folder of the run, such as --workdir runs/{stem}")
+def out_of_memory(config: Any, error: Exception) -> str:
+    """What to do about a device without memory, as one line."""
+    asked = re.search(r"allocating (\d+) bytes", str(error))
+    size = f" (a buffer of {int(asked[1]) / 1e9:.1f} GB)" if asked else ""
+    batch = config.input.batch_size
+    return (
+        f"the device has no memory for this{size}: embed fewer of the {batch} pairs at a time, "
+        f"--config.input.microbatch={max(1, batch // 8)}, which changes no result, or take a "
+        f"smaller input.batch_size, input.res={config.input.res} or model"
+    )
 
 
-def told(code: int, line: str) -> int:
-    print(line, file=sys.stderr, flush=True)
-    return code
+def interrupt(signum: int, frame: Any) -> NoReturn:
+    """Ends what has nothing to save.
+
+    Python drops an exception that is raised in a callback, such as the garbage collector's: then
+    the training loop sees `asked` and stops at its first step.
+    """
+    interrupt.asked = True
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

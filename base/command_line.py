@@ -44,16 +44,16 @@ def run(
         code = main() or DONE
         sys.stdout.flush()  # here, so that a reader that has gone is noticed before the end
         return code
-    except (UserError, *mistakes) as mistake:
-        return report(MISTAKE, f"error: {mistake}")
     except KeyboardInterrupt:
         return report(INTERRUPTED, interrupted)
-    except BrokenPipeError:
-        if not _reader_has_gone():
-            raise
-        return report(FAILED, "error: the reader of the output has gone, as after `| head`")
-    except failures as failure:
-        return report(FAILED, f"error: {one_line(failure)}; {AGAIN}")
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            return report(FAILED, "error: the reader of the output has gone, as after `| head`")
+        if isinstance(error, (UserError, *mistakes)):
+            return report(MISTAKE, f"error: {error}")
+        if isinstance(error, failures):
+            return report(FAILED, f"error: {one_line(error)}; {AGAIN}")
+        raise
 
 
 def report(code: int, line: str) -> int:

@@ -24,9 +24,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from base import command_line
 from benchmarks.input_case import Job, System, systems
 from benchmarks.loss_case import Mistake
-from benchmarks.train import HIDDEN, Parser, built_in
+from benchmarks.train import HIDDEN, built_in
 from benchmarks.train_case import MODELS
 from benchmarks.train_others import Others
 
@@ -39,12 +40,10 @@ BATCH = 256
 MINIMA = {"count": 16, "threads": 1, "batch": 1, "rounds": 1, "repeat": 1}
 
 
-def make_parser() -> Parser:
-    parser = Parser(
+def make_parser() -> command_line.Parser:
+    parser = command_line.Parser(
         description=__doc__,
         usage="python -m benchmarks.input [flags]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--photos", metavar="path", help="folder or zip of photographs (seeded textures)")
@@ -67,16 +66,12 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """Does what the command line says; the exit code."""
-    flags = make_parser().parse_args(argv)
-    try:
-        return run(flags, argv)
-    except Mistake as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    """Runs the benchmark; returns the exit code."""
+    return command_line.run(
+        lambda: run(make_parser().parse_args(argv), argv),
+        mistakes=(Mistake,),
+        interrupted="interrupted",
+    )
 
 
 def run(flags: argparse.Namespace, argv: list[str]) -> int:

@@ -17,8 +17,9 @@ import shlex
 import sys
 import tempfile
 import time
-from typing import Any, NoReturn
+from typing import Any
 
+from base import command_line
 from benchmarks.loss_case import Case, Mistake, parse, write_inputs, write_reference
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -27,17 +28,10 @@ DEFAULT_CASES = {"cpu": "4x1024x512,8x1024x512", "gpu": "1x65536x768"}
 MILLION = "1x1048576x768"
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
-def make_parser() -> Parser:
-    parser = Parser(
+def make_parser() -> command_line.Parser:
+    parser = command_line.Parser(
         description=__doc__,
         usage="python -m benchmarks.loss [flags]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--cases", metavar="DxNxW,...", help="devices x pairs on each x width, such as 4x1024x512")
@@ -53,16 +47,12 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """Does what the command line says; the exit code."""
-    flags = make_parser().parse_args(argv)
-    try:
-        return run(flags, argv)
-    except Mistake as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; finished cases are written", file=sys.stderr)
-        return 130
+    """Runs the benchmark; returns the exit code."""
+    return command_line.run(
+        lambda: run(make_parser().parse_args(argv), argv),
+        mistakes=(Mistake,),
+        interrupted="interrupted; finished cases are written",
+    )
 
 
 def run(flags: argparse.Namespace, argv: list[str]) -> int:

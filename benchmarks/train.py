@@ -17,8 +17,9 @@ import pathlib
 import shlex
 import sys
 import time
-from typing import Any, NoReturn
+from typing import Any
 
+from base import command_line
 from benchmarks.loss_case import Mistake
 from benchmarks.train_case import MODELS, TOKEN_LEN, VOCAB_SIZE, Case, step_flops
 from benchmarks.train_others import Others
@@ -27,17 +28,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 HIDDEN = ("--peer_python", "--peer_import", "--out")  # what only this machine has
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
-def make_parser() -> Parser:
-    parser = Parser(
+def make_parser() -> command_line.Parser:
+    parser = command_line.Parser(
         description=__doc__,
         usage="python -m benchmarks.train [flags] [--config.key=value ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", choices=MODELS, help="towers of that name (small)")
@@ -54,20 +48,13 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """Does what the command line says; the exit code."""
-    from base.errors import UserError
-    from trainers.config.complete import split_overrides
-
-    overrides, rest = split_overrides(argv)
-    flags = make_parser().parse_args(rest)
-    try:
-        return run(flags, overrides, argv)
-    except (Mistake, UserError) as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    """Runs the benchmark; returns the exit code."""
+    overrides, rest = command_line.split_overrides(argv)
+    return command_line.run(
+        lambda: run(make_parser().parse_args(rest), overrides, argv),
+        mistakes=(Mistake,),
+        interrupted="interrupted",
+    )
 
 
 def run(flags: argparse.Namespace, overrides: list[tuple[str, str]], argv: list[str]) -> int:

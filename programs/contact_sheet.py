@@ -1,4 +1,4 @@
-"""A contact sheet: images with their captions and what their tokens say, in one picture."""
+"""A contact sheet: images with their captions and the text of their tokens, in one picture."""
 
 import pathlib
 import textwrap
@@ -7,21 +7,21 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-MOST = 24  # images of a sheet
-COLUMNS, SIDE, MARGIN, LINE = 6, 200, 10, 13
-CAPTION, TOKENS, LETTERS = 4, 4, 33  # lines of each, and letters of a line
+MAX_IMAGES = 24
+COLUMNS, SIDE, MARGIN, LINE = 6, 200, 10, 13  # pixels, but for COLUMNS
+CAPTION_LINES, TOKEN_LINES, LINE_LENGTH = 4, 4, 33
 GRAY, BLUE = (70, 70, 70), (20, 70, 160)
 
 
 def draw(cells: list[tuple[np.ndarray, str, str]]) -> Image.Image:
-    """Image, caption (gray) and text of the tokens (blue) of each cell."""
-    height = SIDE + LINE * (CAPTION + TOKENS) + MARGIN
+    """The sheet of cells (image, caption in gray, text of the tokens in blue)."""
+    height = SIDE + LINE * (CAPTION_LINES + TOKEN_LINES) + MARGIN
     rows = -(-len(cells) // COLUMNS)
     columns = min(COLUMNS, len(cells))
     size = (columns * (SIDE + MARGIN) + MARGIN, rows * (height + MARGIN) + MARGIN)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-    # More alphabets than PIL's own font, and always there.
+    # matplotlib ships this font, which has more alphabets than PIL's own.
     font = ImageFont.truetype(
         str(pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 10
     )
@@ -30,24 +30,26 @@ def draw(cells: list[tuple[np.ndarray, str, str]]) -> Image.Image:
         top = MARGIN + i // COLUMNS * (height + MARGIN)
         picture = Image.fromarray(image)
         picture.thumbnail((SIDE, SIDE))
-        if max(picture.size) < SIDE:  # small ones larger, pixel by pixel
+        if max(picture.size) < SIDE:  # enlarge small images, pixel by pixel
             scale = SIDE // max(picture.size)
             picture = picture.resize(
                 (picture.width * scale, picture.height * scale), Image.Resampling.NEAREST
             )
         sheet.paste(picture, (left, top))
         at = top + SIDE + 4
-        for text, lines, color in ((caption, CAPTION, GRAY), (tokens, TOKENS, BLUE)):
+        for text, lines, color in ((caption, CAPTION_LINES, GRAY), (tokens, TOKEN_LINES, BLUE)):
             plain = "".join(c if c.isprintable() else " " for c in text)
-            for line in textwrap.wrap(plain, LETTERS, max_lines=lines, placeholder=" ..."):
+            for line in textwrap.wrap(plain, LINE_LENGTH, max_lines=lines, placeholder=" ..."):
                 pen.text((left, at), line, color, font)
                 at += LINE
     return sheet
 
 
 def pixels(batch: dict[str, np.ndarray], i: int) -> np.ndarray:
-    """The image of a row; patches are put together again, and an embedding is a strip of grays, its
-    largest number white. Black for a bad example."""
+    """Pixels [h, w, 3] of row i, black for a bad example.
+
+    NaFlex patches are put together; an embedding is a strip of grays, its largest number white.
+    """
     if "image_shape" not in batch and batch["image"].ndim == 2:
         strip = np.abs(batch["image"][i])
         gray = (255 * strip / max(strip.max(), 1e-12)).astype(np.uint8)

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import os
 import pathlib
-import shutil
 import signal
 import sys
 from typing import Any, NoReturn
@@ -13,7 +12,9 @@ from typing import Any, NoReturn
 import jax
 
 import siglip
+from base.command_line import AGAIN, INTERRUPTED, Parser, run
 from base.errors import UserError
+from base.progress import StatusLine
 from base.words import one_line
 from embedding.job import SHARD_ROWS, Embedded, embed_source
 from input_pipeline.sources.embeddings import KINDS
@@ -21,8 +22,6 @@ from input_pipeline.sources.from_words import make_source, settings_of
 from input_pipeline.sources.storage import is_url
 from trainers.machine import compilation
 from trainers.machine.host_memory import keep_freed_memory
-
-DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 85  # as in main.py
 
 HELP = """\
 Writes embeddings of the images and texts of a source into a folder.
@@ -44,7 +43,7 @@ EPILOG = """\
 exit codes: 0 done, 1 failed (a full disk, say), 2 a mistake in command or data, 85 interrupted (run
 the same command again).
 """
-# Texts whose tokens tell tokenizers, and what is done to texts before, apart.
+# Texts whose tokens differ between tokenizers, and between ways to clean a text before.
 PROBES = (
     "A photo of 3 dogs, in São Paulo.",
     "Ein Hund läuft.",
@@ -54,19 +53,8 @@ PROBES = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m programs.embed",
-        description=HELP,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python -m programs.embed", description=HELP, epilog=EPILOG)
     add = parser.add_argument
     add("--model", required=True, help="a checkpoint or a preset")
     add("--model_option", nargs="+", default=[], metavar="KEY=VALUE", help="for siglip.load")
@@ -97,33 +85,28 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Does what the command line says; the exit code."""
-    try:
-        flags = _parse(argv)
-        found, cut = _run(flags)
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return MISTAKE
-    except OSError as failure:  # a full disk, say
-        again = "run the same command again to go on"
-        print(f"error: {one_line(failure)}; {again}", file=sys.stderr)
-        return FAILED
-    print("\n".join(lines(found, flags.out, cut)))
-    return DONE
+    """Embeds as the command line says; returns the exit code."""
+    return run(lambda: _main(argv), failures=(OSError,))  # a full disk, say
 
 
-def _run(flags: argparse.Namespace) -> tuple[Embedded, int]:
-    """What became of it, and how many texts were cut."""
+def _main(argv: list[str]) -> None:
+    flags = _parse(argv)
+    embedded, cut = _embed(flags)
+    print("\n".join(summary(embedded, flags.out, cut)))
+
+
+def _embed(flags: argparse.Namespace) -> tuple[Embedded, int]:
+    """The result, and the number of texts that were cut to the token length."""
     if flags.cpu_devices:
         jax.config.update("jax_num_cpu_devices", flags.cpu_devices)
     compilation.keep_programs(os.environ)
     keep_freed_memory()
     source = make_source(flags.source)
     model = load_model(flags.model, flags.model_option, flags.what)
-    preprocessing, row = described(model.preprocess), Row(sys.stderr)
+    preprocessing, line = description_of(model.preprocess), StatusLine()
     before = model.preprocess.truncated
     try:
-        found = embed_source(
+        embedded = embed_source(
             model.module,
             model.params,
             model.preprocess,
@@ -141,15 +124,15 @@ def _run(flags: argparse.Namespace) -> tuple[Embedded, int]:
             process_index=flags.process_id,
             process_count=flags.num_processes,
             max_bad_fraction=flags.max_bad_fraction,
-            progress=row.show,
+            progress=line.show,
         )
     finally:
-        row.end()
-    return found, model.preprocess.truncated - before
+        line.close()
+    return embedded, model.preprocess.truncated - before
 
 
 def load_model(name: str, options: list[str], what: tuple[str, ...] = KINDS) -> Any:
-    """What siglip.load returns, with options from 'key=value' words.
+    """The model of siglip.load(name, ...), with options from 'key=value' words.
 
     Raises:
       UserError: it cannot be loaded, has no such option, or cannot embed `what`.
@@ -158,7 +141,7 @@ def load_model(name: str, options: list[str], what: tuple[str, ...] = KINDS) -> 
     settings = settings_of(load, options, "--model_option")
     try:
         model = load(**settings)
-        # The towers that it lacks have stand-ins, and so has its tokenizer: ask for its own errors.
+        # A missing tower or tokenizer has a stand-in that raises the message to show.
         if "image" in what and model.spec.img is None:
             model.encode_image(b"")
         if "text" in what and (model.spec.txt is None or not model.has_tokenizer):
@@ -168,10 +151,11 @@ def load_model(name: str, options: list[str], what: tuple[str, ...] = KINDS) -> 
         raise UserError(f"--model {name}: {one_line(error)}") from error
 
 
-def described(preprocess: Any) -> dict[str, Any]:
-    """What a manifest says of a preprocessing, and a later run is compared by.
+def description_of(preprocess: Any) -> dict[str, Any]:
+    """A preprocessing as the manifest stores it, to be compared with that of a later run.
 
-    The tokens of PROBES stand for tokenizer and cleaning: files may lie elsewhere then.
+    The tokens of PROBES stand for the tokenizer and the cleaning of texts, so that a tokenizer's
+    file may be moved.
     """
     tokenizer = preprocess.tokenizer
     tokens = b"".join(preprocess.text(text).tobytes() for text in PROBES)
@@ -189,36 +173,24 @@ def described(preprocess: Any) -> dict[str, Any]:
     }
 
 
-class Row:
-    """Lines of progress: on a terminal one row that changes."""
-
-    def __init__(self, stream: Any):
-        self._stream, self._live, self._open = stream, stream.isatty(), False
-
-    def show(self, line: str) -> None:
-        if self._live:
-            line = "\r" + line[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
-        print(line, end="" if self._live else "\n", file=self._stream, flush=True)
-        self._open = self._live
-
-    def end(self) -> None:
-        if self._open:
-            print(file=self._stream, flush=True)
-            self._open = False
-
-
-def lines(found: Embedded, out: str, cut: int) -> list[str]:
-    """What was done, what is bad, and how to train with it."""
-    manifest = found.manifest
-    long = [f"{cut} texts of this run were too long and were cut, EOS kept"] if cut else []
+def summary(embedded: Embedded, out: str, cut: int) -> list[str]:
+    """Lines that say what was written, what is bad, and how to train with it."""
+    manifest, bad = embedded.manifest, embedded.bad
+    too_long = f"{cut} texts of this run were too long and were cut, EOS kept"
     if manifest is None:
-        told = [f"this process's shards are in {out}; those of other processes are not all there"]
-        return told + long + _bad_lines(found.bad.kinds(), found.bad.worst())
-    texts = f", {manifest['texts']} texts" if "text" in manifest["what"] else ""
-    told = [f"{manifest['rows']} rows{texts} of width {manifest['d']} in {out}"]
-    told += long + _bad_lines(manifest["bad"], found.bad.worst())
-    if "image" in manifest["what"]:
-        told += [
+        lines = [f"this process's shards are in {out}; those of other processes are not all there"]
+        kinds = bad.kinds()
+    else:
+        texts = f", {manifest['texts']} texts" if "text" in manifest["what"] else ""
+        lines = [f"{manifest['rows']} rows{texts} of width {manifest['d']} in {out}"]
+        kinds = manifest["bad"]
+    lines += [too_long] if cut else []
+    if kinds:
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        lines.append(f"{sum(kinds.values())} of them are bad, and left out by the reader: {counts}")
+        lines += [f"  such as {worst}"] if (worst := bad.worst()) else []
+    if manifest is not None and "image" in manifest["what"]:
+        lines += [
             "train with it:",
             "  --config.input.source.name=embeddings",
             f"  --config.input.source.path={pathlib.Path(out).expanduser().absolute()}",
@@ -226,24 +198,18 @@ def lines(found: Embedded, out: str, cut: int) -> list[str]:
             "  --config.model.img.variant=precomputed",
             f"  --config.model.img.width={manifest['d']}",
         ]
-    return told
-
-
-def _bad_lines(kinds: dict[str, int], worst: str) -> list[str]:
-    if not kinds:
-        return []
-    told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    return [f"{sum(kinds.values())} of them are bad, and left out by the reader: {told}"] + (
-        [f"  such as {worst}"] if worst else []
-    )
+    return lines
 
 
 def interrupt(signum: int, frame: Any) -> NoReturn:
-    """Ends the program at once. Nothing needs saving, as the files are made to survive a kill; and
-    an exception could get lost in a callback, or wait for a compilation."""
+    """Ends the program at once.
+
+    Nothing needs saving, as the files survive a kill, and an exception could get lost in a
+    callback or wait for a compilation.
+    """
     del frame
     name = signal.Signals(signum).name
-    os.write(2, f"\n{name}: interrupted; run the same command again to go on\n".encode())
+    os.write(2, f"\n{name}: interrupted; {AGAIN}\n".encode())
     os._exit(INTERRUPTED)
 
 

@@ -1,10 +1,9 @@
-"""A grid of runs of one config, one after another, to one table and one plot: see --help.
+"""Trains one config with every combination of some settings, and compares the runs: see --help.
 
-Each run is a process of main.py in a folder of its own, so it is resumed as any run is; a sweep
-is resumed by its own command: what is finished is skipped.
+Each run is a process of main.py with a workdir of its own, so it is resumed as any run is. The
+sweep is resumed by its own command, which skips finished runs.
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -14,20 +13,20 @@ import signal
 import subprocess
 import sys
 import time
-from typing import NoReturn
 
 from ml_collections import ConfigDict
 
+from base.command_line import DONE, FAILED, INTERRUPTED, Parser, report, split_overrides
+from base.command_line import run as run_program
 from base.errors import UserError
-from base.words import nearest
+from base.words import duration, nearest
 from programs import sweep_report
-from programs.sweep_report import Row
+from programs.sweep_report import SweepRow
 from trainers.config import complete, stored
 from trainers.config.file import split_list
 
 MAIN = pathlib.Path(__file__).resolve().parents[1] / "main.py"
-LOG = "sweep.log"  # in the folder of a run: what main.py printed
-DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 85  # the last two as in main.py
+LOG = "sweep.log"  # in the workdir of a run: what main.py printed
 
 HELP = """\
 Runs a config with every combination of some settings, one run after another, and compares them.
@@ -54,8 +53,13 @@ exit codes: 0 done, 1 a run failed (the others went on), 2 a mistake in the comm
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """One point of the grid. `swept` and `overrides` (swept and fixed): (key, text) pairs."""
+class SweepRun:
+    """One point of the grid.
+
+    Attributes:
+      swept: (key, text) pairs of the grid.
+      overrides: those and the settings that all runs share.
+    """
 
     swept: tuple[tuple[str, str], ...]
     overrides: tuple[tuple[str, str], ...]
@@ -67,7 +71,7 @@ class Run:
         return " ".join(f"{key}={text}" for key, text in self.swept)
 
     def results(self) -> dict[str, dict[str, float | None]]:
-        """{'evaluator/metric': {'value', 'chance'}}."""
+        """The results of a finished run: {'evaluator/metric': {'value', 'chance'}}."""
         nested = json.loads((self.workdir / "results.json").read_text())
         return {f"{e}/{m}": numbers for e, ms in nested.items() for m, numbers in ms.items()}
 
@@ -83,19 +87,19 @@ def make_runs(
     grid: dict[str, list[str]],
     fixed: list[tuple[str, str]],
     metric: str | None = None,
-) -> list[Run]:
-    """The grid in order, the last key fastest.
+) -> list[SweepRun]:
+    """The runs of a grid in order, the last key fastest.
 
     Raises:
-      UserError: one of the configs is not valid, the folder of a run holds another one, no
-        evaluator gives the metric.
+      UserError: one of the configs is invalid, its workdir holds another run, or no evaluator
+        gives the metric.
     """
     runs = []
     for texts in itertools.product(*grid.values()):
         swept = tuple(zip(grid, texts))
         overrides = (*fixed, *swept)
         name = re.sub(r"[^\w.,=+-]", "_", ",".join(f"{key}={text}" for key, text in swept))
-        run = Run(swept, overrides, complete.load(config_flag, overrides), workdir / name)
+        run = SweepRun(swept, overrides, complete.load(config_flag, overrides), workdir / name)
         stored.check_workdir(run.config, run.workdir)
         evals = list(run.config.to_dict()["evals"])
         if metric and metric.partition("/")[0] not in evals:
@@ -107,53 +111,61 @@ def make_runs(
     return runs
 
 
-def sweep(runs: list[Run], command: list[str], workdir: pathlib.Path, metric: str | None) -> int:
-    """Runs what is not finished, then writes the tables and the plot; the exit code.
+def sweep(
+    runs: list[SweepRun], command: list[str], workdir: pathlib.Path, metric: str | None
+) -> int:
+    """Trains the runs that are not finished, then writes the tables and the plot.
 
     Args:
       command: what trains; '--workdir=...' and '--config.key=value' are appended.
       metric: 'evaluator/metric' to plot; None for the first of the results.
+
+    Returns:
+      the exit code.
     """
     todo = [run for run in runs if not run.is_finished()]
     print(f"{len(runs)} runs in {workdir}, {len(runs) - len(todo)} of them finished", flush=True)
     rows, seconds = [], []
     for i, run in enumerate(runs, 1):
-        head = f"[{i}/{len(runs)}] {run.title}"
-        error, took = "", ""
+        head, error, took = f"[{i}/{len(runs)}] {run.title}", "", ""
         if run in todo:
             print(f"{head}: running, log in {run.workdir / LOG}", flush=True)
-            began = time.monotonic()
+            started = time.monotonic()
             error = execute(run, command)
-            seconds.append(time.monotonic() - began)
-            left = sum(later in todo for later in runs[i:])
-            took = f", {_time(seconds[-1])}"
-            took += f", about {_time(left * sum(seconds) / len(seconds))} left" if left else ""
-        row = Row(dict(run.swept), {} if error else run.results(), error)
+            seconds.append(time.monotonic() - started)
+            took = _took(seconds, sum(later in todo for later in runs[i:]))
+        row = SweepRow(dict(run.swept), {} if error else run.results(), error)
         if row.results:
             metric = metric or sweep_report.first_metric(row.results)
             if metric not in row.results:
                 raise UserError(
                     f"--metric={metric}: no such metric; {nearest(metric, row.results)}"
                 )
-        print(f"{head}: {row.told(metric)}{took}", flush=True)
+        print(f"{head}: {row.summary(metric)}{took}", flush=True)
         rows.append(row)
     for path in sweep_report.write(rows, metric, workdir):
         print(path)
-    if failed := [run for run, row in zip(runs, rows) if row.error]:
-        print(f"error: {len(failed)} of {len(runs)} runs failed", file=sys.stderr)
-    return FAILED if failed else DONE
+    if failed := sum(bool(row.error) for row in rows):
+        return report(FAILED, f"error: {failed} of {len(runs)} runs failed")
+    return DONE
 
 
-class Interrupted(Exception):
-    """The run was asked to stop; it has saved its state."""
+def _took(seconds: list[float], left: int) -> str:
+    """', 12s, about 1m00s left': the last run's time, and the mean for each run to come."""
+    mean = sum(seconds) / len(seconds)
+    return f", {duration(seconds[-1])}" + (f", about {duration(left * mean)} left" if left else "")
 
 
-def execute(run: Run, command: list[str]) -> str:
-    """Trains one run; '' or what went wrong. Ctrl-C and SIGTERM are passed on, then Interrupted."""
+def execute(run: SweepRun, command: list[str]) -> str:
+    """Trains one run; returns '' or what went wrong.
+
+    Raises:
+      KeyboardInterrupt: Ctrl-C or SIGTERM came; the run has saved its state.
+    """
     run.workdir.mkdir(parents=True, exist_ok=True)
     settings = [f"--config.{key}={text}" for key, text in run.overrides]
     with (run.workdir / LOG).open("ab") as log:
-        # In a group of its own, so that Ctrl-C reaches it once, through us, and never halfway.
+        # In a process group of its own, so that Ctrl-C reaches it once, passed on by this process.
         process = subprocess.Popen(
             [*command, f"--workdir={run.workdir}", *settings],
             stdin=subprocess.DEVNULL,
@@ -161,23 +173,9 @@ def execute(run: Run, command: list[str]) -> str:
             stderr=subprocess.STDOUT,
             process_group=0,
         )
-        asked = []
-
-        def pass_on(signum, frame):
-            asked.append(signum)
-            process.send_signal(signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM)
-
-        caught = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
-            caught.append(signal.SIGHUP)
-        previous = {signum: signal.signal(signum, pass_on) for signum in caught}
-        try:
-            code = process.wait()
-        finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
-    if asked or code == INTERRUPTED:
-        raise Interrupted
+        code, interrupted = _wait(process)
+    if interrupted or code == INTERRUPTED:
+        raise KeyboardInterrupt
     if code:
         lines = (run.workdir / LOG).read_text(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
@@ -185,13 +183,23 @@ def execute(run: Run, command: list[str]) -> str:
     return "" if (run.workdir / "results.json").exists() else "it left no results.json"
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+def _wait(process: subprocess.Popen) -> tuple[int, bool]:
+    """The exit code, and whether a signal to stop came meanwhile, which is passed on."""
+    received = []
 
+    def pass_on(signum, frame):
+        received.append(signum)
+        process.send_signal(signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM)
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(MISTAKE, f"error: {message}\n")
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
+        caught.append(signal.SIGHUP)
+    previous = {signum: signal.signal(signum, pass_on) for signum in caught}
+    try:
+        return process.wait(), bool(received)
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 def make_parser() -> Parser:
@@ -199,8 +207,6 @@ def make_parser() -> Parser:
         description=HELP,
         epilog=EPILOG,
         usage="python -m programs.sweep --config path.py --workdir path --grid key=value,value ...",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--config", metavar="path.py", required=True, help="config file, as for main.py")
@@ -217,24 +223,21 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str], main_py: pathlib.Path = MAIN) -> int:
-    """Does what the command line says; the exit code. A mistake of the user is one line."""
-    fixed, rest = complete.split_overrides(argv)
+    """Sweeps as the command line says; returns the exit code."""
+    return run_program(lambda: _main(argv, main_py))
+
+
+def _main(argv: list[str], main_py: pathlib.Path) -> int:
+    fixed, rest = split_overrides(argv)
     flags = make_parser().parse_args(rest)
-    try:
-        grid = parse_grid(flags.grid)
-        runs = make_runs(flags.config, flags.workdir, grid, fixed, flags.metric)
-        command = [sys.executable, str(main_py), f"--config={flags.config}"]
-        return sweep(runs, command, flags.workdir, flags.metric)
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return MISTAKE
-    except (Interrupted, KeyboardInterrupt):
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return INTERRUPTED
+    grid = parse_grid(flags.grid)
+    runs = make_runs(flags.config, flags.workdir, grid, fixed, flags.metric)
+    command = [sys.executable, str(main_py), f"--config={flags.config}"]
+    return sweep(runs, command, flags.workdir, flags.metric)
 
 
 def parse_grid(texts: list[str]) -> dict[str, list[str]]:
-    """['lr=1e-3,1e-4'] -> {'lr': ['1e-3', '1e-4']}."""
+    """Splits the texts of --grid: ['lr=1e-3,1e-4'] -> {'lr': ['1e-3', '1e-4']}."""
     grid: dict[str, list[str]] = {}
     for text in texts:
         key, _, listed = text.partition("=")

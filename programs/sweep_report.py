@@ -1,4 +1,4 @@
-"""What a sweep found: sweep.csv (all numbers), sweep.md (a table), sweep.png (one metric)."""
+"""The report of a sweep: sweep.csv (all numbers), sweep.md (a table), sweep.png (one metric)."""
 
 import csv
 import dataclasses
@@ -6,36 +6,40 @@ import math
 import pathlib
 from typing import Any
 
+from base import whole_file
+
 Results = dict[str, dict[str, Any]]  # {'evaluator/metric': {'value': float, 'chance'}}
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One run: {key: text of the swept value}, its results, or why it has none."""
+class SweepRow:
+    """One run: its swept settings {key: text}, and its results or the error that left none."""
 
     swept: dict[str, str]
     results: Results
     error: str = ""
 
-    def told(self, metric: str | None) -> str:
+    def summary(self, metric: str | None) -> str:
+        """The value of the metric, or why there is none."""
         if self.error or metric not in self.results:
             return f"failed, {self.error}"
         return f"{metric} = {cell(self.results[metric])}"
 
 
 def first_metric(results: Results) -> str:
-    """The first that has a chance level."""
+    """The first metric that has a chance level, else the first of all."""
     with_chance = [name for name, numbers in results.items() if numbers["chance"] is not None]
     return (with_chance or list(results))[0]
 
 
 def cell(numbers: dict[str, Any]) -> str:
+    """A value for people, with its chance level where it has one."""
     value, chance = numbers["value"], numbers["chance"]
     return f"{value:.4g}" if chance is None else f"{value:.4g} (chance {chance:.3g})"
 
 
-def write(rows: list[Row], metric: str | None, workdir: pathlib.Path) -> list[pathlib.Path]:
-    """The three files, or the two tables where no run has results."""
+def write(rows: list[SweepRow], metric: str | None, workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Writes the three files, without the plot where no run has results; returns their paths."""
     workdir.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(name for row in rows for name in row.results))
     paths = [workdir / "sweep.csv", workdir / "sweep.md"]
@@ -47,8 +51,8 @@ def write(rows: list[Row], metric: str | None, workdir: pathlib.Path) -> list[pa
     return paths
 
 
-def _write_csv(rows: list[Row], names: list[str], path: pathlib.Path) -> None:
-    with path.open("w", newline="") as file:
+def _write_csv(rows: list[SweepRow], names: list[str], path: pathlib.Path) -> None:
+    with whole_file.create(path, "w", newline="") as file:
         writer = csv.writer(file)
         chances = [f"{name} chance" for name in names]
         writer.writerow([*rows[0].swept, *names, *chances, "error"])
@@ -58,14 +62,14 @@ def _write_csv(rows: list[Row], names: list[str], path: pathlib.Path) -> None:
             writer.writerow([*row.swept.values(), *values, row.error])
 
 
-def _write_markdown(rows: list[Row], names: list[str], path: pathlib.Path) -> None:
-    """A chance level that all runs share is a line of its own."""
+def _write_markdown(rows: list[SweepRow], names: list[str], path: pathlib.Path) -> None:
+    """Writes the table; a chance level that all runs share gets a row of its own."""
     chances = {
         name: {row.results[name]["chance"] for row in rows if name in row.results} for name in names
     }
-    shared = {name: found.pop() for name, found in chances.items() if len(found) == 1}
+    shared = {name: levels.pop() for name, levels in chances.items() if len(levels) == 1}
 
-    def shown(row: Row, name: str) -> str:
+    def shown(row: SweepRow, name: str) -> str:
         if name not in row.results:
             return "failed"
         return cell(row.results[name] | ({"chance": None} if name in shared else {}))
@@ -78,11 +82,11 @@ def _write_markdown(rows: list[Row], names: list[str], path: pathlib.Path) -> No
         levels = [shared.get(name) for name in names]
         lines.append(["chance", *blank, *("" if c is None else f"{c:.3g}" for c in levels)])
     text = "".join(f"| {' | '.join(c.replace('|', '/') for c in line)} |\n" for line in lines)
-    path.write_text(text)
+    whole_file.write_text(path, text)
 
 
-def _write_plot(rows: list[Row], metric: str, path: pathlib.Path) -> None:
-    """The metric against the first numeric key (else the first), a line for each other setting."""
+def _write_plot(rows: list[SweepRow], metric: str, path: pathlib.Path) -> None:
+    """Plots the metric against the first numeric key (else the first), a line per other setting."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display
@@ -93,7 +97,7 @@ def _write_plot(rows: list[Row], metric: str, path: pathlib.Path) -> None:
     numeric = all(map(_is_number, (row.swept[key] for row in rows)))
     labels = list(dict.fromkeys(row.swept[key] for row in rows))
 
-    def x_of(row: Row) -> float:
+    def x_of(row: SweepRow) -> float:
         return float(row.swept[key]) if numeric else labels.index(row.swept[key])
 
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -127,7 +131,7 @@ def _write_plot(rows: list[Row], metric: str, path: pathlib.Path) -> None:
     plt.close(fig)
 
 
-def _x_key(rows: list[Row]) -> str:
+def _x_key(rows: list[SweepRow]) -> str:
     keys = list(rows[0].swept)
     numeric = [key for key in keys if all(_is_number(row.swept[key]) for row in rows)]
     return (numeric or keys)[0]
@@ -141,5 +145,5 @@ def _is_number(text: str) -> bool:
 
 
 def _spans_doublings(values: list[float]) -> bool:
-    """A factor of 4 or more from end to end: as powers, not as a line."""
+    """Whether the values are better shown on a logarithmic axis: a factor of 4 or more."""
     return values[0] > 0 and values[-1] >= 4 * values[0]

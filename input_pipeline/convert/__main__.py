@@ -15,31 +15,19 @@ import inspect
 import pathlib
 import re
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
+from base import command_line
 from base.errors import UserError
-from base.words import one_line
 from input_pipeline.convert.conversion import Conversion, locked
 from input_pipeline.convert.tfds_files import convert_tfds
 from input_pipeline.convert.writers import WRITERS
 from input_pipeline.sources.from_words import make_source
 from input_pipeline.sources.storage import is_url
 
-DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 85
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m input_pipeline.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_line.Parser(prog="python -m input_pipeline.convert", description=__doc__)
     parser.add_argument("source", nargs="+", help="name key=value ..., or: tfds-files DATASET_DIR")
     parser.add_argument("--to", metavar="FORMAT", help=", ".join(WRITERS))
     parser.add_argument("--out", metavar="FOLDER", help="a new folder, on a local disk")
@@ -64,26 +52,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Does what the command line says; the exit code."""
-    try:
-        flags = _parse(argv)
-        out = pathlib.Path(flags.out).expanduser()
-        if flags.source[0] == "tfds-files":
-            lines = convert_tfds(pathlib.Path(flags.source[1]).expanduser(), out)
-        else:
-            lines = _convert(flags, out)
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return MISTAKE
-    except OSError as failure:  # a full disk, say
-        again = "run the same command again to go on"
-        print(f"error: {one_line(failure)}; {again}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return INTERRUPTED
+    """Converts as the command line says; returns the exit code."""
+    return command_line.run(lambda: _main(argv), failures=(OSError,))  # a full disk, say
+
+
+def _main(argv: list[str]) -> None:
+    flags = _parse(argv)
+    out = pathlib.Path(flags.out).expanduser()
+    if flags.source[0] == "tfds-files":
+        lines = convert_tfds(pathlib.Path(flags.source[1]).expanduser(), out)
+    else:
+        lines = _convert(flags, out)
     print("\n".join(lines))
-    return DONE
 
 
 def _convert(flags: argparse.Namespace, out: pathlib.Path) -> list[str]:

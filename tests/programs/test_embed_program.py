@@ -226,22 +226,3 @@ def test_cpu_devices_are_emulated(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jax.config, "update", asked.__setitem__)
     assert run(capsys, *COMMON, "--out", tmp_path, "--cpu_devices", 4)[0] == 0
     assert asked["jax_num_cpu_devices"] == 4
-
-
-def test_on_a_terminal_progress_is_one_row():
-    class Terminal(list):
-        def isatty(self):
-            return True
-
-        def flush(self):
-            pass
-
-        write = list.append
-
-    terminal = Terminal()
-    row = program.Row(terminal)
-    for line in ("1/2", "2/2"):
-        row.show(line)
-    row.end()
-    row.end()
-    assert "".join(terminal) == "\r1/2\x1b[K\r2/2\x1b[K\n"

@@ -10,9 +10,10 @@ import time
 
 import pytest
 
+from base import command_line
+from base.command_line import split_overrides
 from programs import sweep, sweep_report
-from programs.sweep_report import Row
-from trainers.config import complete
+from programs.sweep_report import SweepRow
 
 CONFIG = """\
 from ml_collections import ConfigDict
@@ -78,7 +79,7 @@ class Fake:
 
     def expect(self, *more: str) -> None:
         """Tells the fake main.py which config each folder has."""
-        fixed, rest = complete.split_overrides(self.argv(*more))
+        fixed, rest = split_overrides(self.argv(*more))
         grid = sweep.parse_grid(
             [arg.removeprefix("--grid=") for arg in rest if arg.startswith("--grid")]
         )
@@ -180,7 +181,7 @@ def test_a_signal_is_passed_on_to_the_run(fake, signum):
     fake.act("wait")
     fake.expect()
     program = (
-        "import pathlib, sys; from trainers import sweep; "
+        "import pathlib, sys; from programs import sweep; "
         f"sys.exit(sweep.main(sys.argv[1:], pathlib.Path({str(fake.main)!r})))"
     )
     process = subprocess.Popen(
@@ -217,14 +218,14 @@ def test_fixed_overrides_reach_every_run(fake):
     ],
 )
 def test_mistakes_are_one_line_before_any_run(fake, capsys, argv, told):
-    assert sweep.main(fake.argv(*argv), fake.main) == sweep.MISTAKE
+    assert sweep.main(fake.argv(*argv), fake.main) == command_line.MISTAKE
     err = capsys.readouterr().err
     assert told in err and err.count("\n") == 1
     assert fake.calls() == []
 
 
 def test_a_metric_that_no_result_has_stops_after_the_first_run(fake, capsys):
-    assert fake.run(*GRID, "--metric=retrieval/i2t_R1") == sweep.MISTAKE
+    assert fake.run(*GRID, "--metric=retrieval/i2t_R1") == command_line.MISTAKE
     assert "the nearest: retrieval/i2t_R@1" in capsys.readouterr().err
     assert len(fake.calls()) == 1
 
@@ -232,7 +233,7 @@ def test_a_metric_that_no_result_has_stops_after_the_first_run(fake, capsys):
 def test_a_folder_with_another_run_is_refused_before_any_run(fake, capsys):
     fake.run()
     fake.calls()
-    assert sweep.main(fake.argv(*GRID, "--config.seed=1"), fake.main) == sweep.MISTAKE
+    assert sweep.main(fake.argv(*GRID, "--config.seed=1"), fake.main) == command_line.MISTAKE
     assert "seed: there 0, here 1" in capsys.readouterr().err
     assert fake.calls() == []
 
@@ -244,11 +245,11 @@ def test_grid_values_keep_their_brackets_and_folders_are_plain_names(fake):
     assert run.workdir == fake.workdir / "init=a_b_c"
 
 
-def row(swept: dict[str, str], value: float, chance: float | None = 0.1) -> Row:
-    return Row(swept, {"r/a": {"value": value, "chance": chance}})
+def row(swept: dict[str, str], value: float, chance: float | None = 0.1) -> SweepRow:
+    return SweepRow(swept, {"r/a": {"value": value, "chance": chance}})
 
 
-def plotted(rows: list[Row], tmp_path, monkeypatch):
+def plotted(rows: list[SweepRow], tmp_path, monkeypatch):
     """The axes of the plot."""
     import matplotlib.pyplot as plt
 

@@ -10,7 +10,6 @@ syntax is the same.
 
 import dataclasses
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -38,7 +37,7 @@ def load(config_flag: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
     Args:
       config_flag: a Python file with `get_config(...) -> ConfigDict`, which holds what differs
         from the defaults, and the arguments of that call.
-      overrides: (key, text of its value) pairs from the command line: see `split_overrides`.
+      overrides: (key, text of its value) pairs, see base.command_line.split_overrides.
 
     Raises:
       UserError: a missing file, an error in it, an unknown key, argument or component, a value of
@@ -46,31 +45,6 @@ def load(config_flag: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
     """
     given, file = config_file.run(config_flag)
     return finish(given, file, overrides)
-
-
-def split_overrides(argv: Iterable[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Command line -> the overrides as (key, text) pairs, in order, and all the other arguments.
-
-    Understands --config.a.b=v, --config.a.b v, --config.flag and --noconfig.flag.
-    """
-    overrides, rest, argv = [], [], list(argv)
-    while argv:
-        arg = argv.pop(0)
-        match = re.match(r"--?(no)?config\.([^=]*)(=.*)?$", arg, re.DOTALL)
-        if not match:
-            rest.append(arg)
-            continue
-        no, key, value = match.groups()
-        if value is not None:
-            value = value[1:]
-        elif no:
-            value = "false"
-        elif argv and re.match(r"[^-]|-[\d.]|$", argv[0]):  # -10 is a value, --workdir is not
-            value = argv.pop(0)
-        else:
-            value = "true"
-        overrides.append((key, value))
-    return overrides, rest
 
 
 # Completing: a nested dict as a file gives it -> the whole tree, every leaf a Setting

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from base.command_line import split_overrides
 from input_pipeline import loader
 from input_pipeline.sources.from_words import make_source
 from input_pipeline.sources.registry import SOURCES
@@ -45,7 +46,7 @@ def converted(request, shared_data, tmp_path_factory):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         flags = shlex.split(done.stdout.partition("train with it:")[2])
-        overrides, rest = complete.split_overrides(flags)
+        overrides, rest = split_overrides(flags)
         assert not rest
         block = complete.load(str(folder / "c.py"), overrides).input.source.to_dict()
         assert block.pop("name") == to

@@ -206,22 +206,6 @@ def test_naming_the_present_component_changes_nothing(config_file):
     assert complete.load(config_file, [("optimizer.name", "adamw")]).optimizer.b1 == 0.7
 
 
-def test_the_command_line_is_split_as_config_flags_does():
-    argv = (
-        "--config=a.py --config.lr 0.1 --workdir w --config.b_init -10 --config.scan --noconfig.x"
-    )
-    overrides, rest = complete.split_overrides([*argv.split(), "--config.t=", "--config.m=a=b c"])
-    assert rest == ["--config=a.py", "--workdir", "w"]
-    assert overrides == [
-        ("lr", "0.1"),
-        ("b_init", "-10"),
-        ("scan", "true"),
-        ("x", "false"),
-        ("t", ""),
-        ("m", "a=b c"),
-    ]
-
-
 # What is refused, and how it is told
 
 
