@@ -1,14 +1,35 @@
 """Eight emulated CPU devices, strict JAX, and the data sets where they lie beside the checkout."""
 
+import hashlib
 import os
 import pathlib
+import time
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+WEEK = 7 * 86_400
+
+
+def processor() -> str:
+    """Compiled programs hold instructions that another processor may not have."""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else [os.uname().machine]
+    features = {line for line in lines if line.startswith(("flags", "Features"))}
+    return hashlib.sha256(repr(sorted(features)).encode()).hexdigest()[:12]
+
+
+# Before JAX is imported. Workers of pytest-xdist and programs that tests start inherit all of it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
     + " --xla_backend_optimization_level=0"  # most of the tests' time is compilation
+    # On a busy machine a device may be late for a collective by more than XLA's 40 s.
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache" / processor()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
@@ -17,7 +38,13 @@ from programs import prepare_table
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-SHARED_DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Forgets compiled programs after a week, so that their folder does not grow for ever."""
+    if not hasattr(config, "workerinput"):
+        for entry in pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*-cache"):
+            if entry.stat().st_mtime < time.time() - WEEK:
+                entry.unlink()
 
 
 @pytest.fixture(scope="session")

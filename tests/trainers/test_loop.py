@@ -24,14 +24,12 @@ from trainers import loop
 from trainers.config import stored
 from trainers.machine.preemption import Interrupted
 
-pytestmark = pytest.mark.slow  # the first run compiles everything, the others live on its cache
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    tiny = Tiny(tmp_path_factory.mktemp("tiny"))
-    with tiny.cached():
-        yield tiny
+    return Tiny(tmp_path_factory.mktemp("tiny"))
 
 
 class Recorded:

@@ -167,10 +167,9 @@ def test_a_step_with_a_precomputed_tower_has_a_matmul_less_than_with_one_that_le
 
 
 def test_a_run_on_patches_trains_evaluates_and_embeds_in_microbatches(tiny, tmp_path):
-    with tiny.cached():
-        kept = {**NAFLEX, "total": "3 steps", "checkpoint__every": "9 steps"}
-        tiny.train(tmp_path / "whole", evals="val+retrieval+zeroshot", **kept)
-        tiny.train(tmp_path / "parts", evals="", input__microbatch=8, **kept)
+    kept = {**NAFLEX, "total": "3 steps", "checkpoint__every": "9 steps"}
+    tiny.train(tmp_path / "whole", evals="val+retrieval+zeroshot", **kept)
+    tiny.train(tmp_path / "parts", evals="", input__microbatch=8, **kept)
     found = losses(tmp_path / "whole")
     assert len(found) == 3 and np.isfinite(found).all()
     np.testing.assert_allclose(losses(tmp_path / "parts"), found, rtol=1e-5)

@@ -19,9 +19,7 @@ ENGLISH = ("language_column=languages", "languages='en',", "label_column=class")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    tiny = Tiny(tmp_path_factory.mktemp("tiny"))
-    with tiny.cached():
-        yield tiny
+    return Tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

@@ -51,39 +51,18 @@ def get_config(evals="val+retrieval+zeroshot"):
     })
 """
 EXAMPLES, BATCH, STEPS = 72, 16, 12  # an epoch ends in the middle of a batch
-CACHE = {
-    "JAX_COMPILATION_CACHE_DIR": "",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
+SET_BY_MAIN = ("--xla_force_host_platform_device_count", "--xla_cpu_collective_call")
 # Of one life or one machine, not of the run.
 TIMES = ("examples_per_s", "examples_per_s_per_device", "data_wait", "eta_s", "process_memory_gb")
 
 
 class Tiny:
-    """Runs the config, with everything compiled only once: most of the time is compilation."""
+    """Runs the config, inside the test and as a program."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         self.config = folder / "tiny.py"
         self.config.write_text(TEMPLATE)
-        self.cache = folder / "cache"
-
-    @contextlib.contextmanager
-    def cached(self):
-        new = dict(zip(("dir", "time", "size"), (str(self.cache), 0, -1)))
-        keys = {
-            "dir": "jax_compilation_cache_dir",
-            "time": "jax_persistent_cache_min_compile_time_secs",
-            "size": "jax_persistent_cache_min_entry_size_bytes",
-        }
-        old = {name: getattr(jax.config, key) for name, key in keys.items()}
-        for values in (new, old):
-            for name, key in keys.items():
-                jax.config.update(key, values[name])
-            jax.experimental.compilation_cache.compilation_cache.reset_cache()
-            if values is new:
-                yield
 
     def load(self, evals: str = "val+retrieval+zeroshot", **overrides):
         flags = [(key.replace("__", "."), str(value)) for key, value in overrides.items()]
@@ -106,12 +85,11 @@ class Tiny:
 
     def start(self, command: list[str]) -> subprocess.Popen:
         """The command as a program, on as many devices as config.mesh.cpu_devices says."""
-        env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", *CACHE)}
-        env |= {**CACHE, "JAX_COMPILATION_CACHE_DIR": str(self.cache), "JAX_PLATFORMS": "cpu"}
+        flags = (f for f in os.environ["XLA_FLAGS"].split() if not f.startswith(SET_BY_MAIN))
         return subprocess.Popen(
             command,
             cwd=self.folder,
-            env=env,
+            env=os.environ | {"XLA_FLAGS": " ".join(flags)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

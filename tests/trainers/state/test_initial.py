@@ -23,9 +23,7 @@ pytestmark = pytest.mark.slow  # two runs of two steps
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    tiny = Tiny(tmp_path_factory.mktemp("initial"))
-    with tiny.cached():
-        yield tiny
+    return Tiny(tmp_path_factory.mktemp("initial"))
 
 
 @pytest.fixture(scope="module")
