@@ -23,7 +23,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
-    + " --xla_backend_optimization_level=0"  # most of the tests' time is compilation
+    # Most of the tests' time is compilation. Of these three, the fusion emitters cost the most.
+    + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    + " --xla_cpu_parallel_codegen_split_count=1"
     # On a busy machine a device may be late for a collective by more than XLA's 40 s.
     + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )

@@ -150,7 +150,7 @@ def test_the_byte_count_of_pytorch_is_the_most_that_lived_at_once(peer_python):
         print(count.peak, count.live)
     """
     out = subprocess.run(
-        [peer_python, "-c", code], cwd=command.ROOT, capture_output=True, text=True, timeout=300
+        [peer_python, "-c", code], cwd=command.ROOT, capture_output=True, text=True, timeout=600
     )
     assert out.stdout.split() == ["1000", "200"], out.stderr  # a, b and c, in float32 and float64
 

@@ -62,7 +62,7 @@ def test_two_processes_equal_one_and_each_image_is_decoded_once(fakes):
         for process in range(2)
     ]
     try:
-        outputs = [w.communicate(timeout=120) for w in workers]
+        outputs = [w.communicate(timeout=600) for w in workers]
     finally:
         for w in workers:
             w.kill()

@@ -35,7 +35,7 @@ def process(out, kill, *words):
     command = [sys.executable, tiny_embed.__file__, str(out), kill, *words]
     path = os.pathsep.join([str(ROOT), str(pathlib.Path(tiny_embed.__file__).parent)])
     environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run(command, env=environment, cwd=ROOT, timeout=300, check=False).returncode
+    return subprocess.run(command, env=environment, cwd=ROOT, timeout=600, check=False).returncode
 
 
 def expected(kind, examples=EXAMPLES, bad=BAD):
@@ -417,7 +417,7 @@ def test_runs_that_do_not_agree_on_their_number_do_not_write_beside_each_other(t
         " 'examples': 8, 'class_names': None, 'jax': '0'}\n"
         "try:\n"
         "    store = Store(sys.argv[1], made, process_index=int(sys.argv[2]),"
-        " process_count=int(sys.argv[3]), wait=60, tell=print)\n"
+        " process_count=int(sys.argv[3]), wait=600, tell=print)\n"
         "    print('in', flush=True); sys.stdin.read(); store.close()\n"
         "except Exception as error:\n"
         "    print(error, flush=True)\n"
@@ -434,7 +434,7 @@ def test_runs_that_do_not_agree_on_their_number_do_not_write_beside_each_other(t
     third, refused = start(2, 3)
     fourth, alone = start(0, 1)
     for other in (first, second, third, fourth):
-        other.communicate(timeout=60)
+        other.communicate(timeout=600)
     assert lines == also == "in\n"
     for message in (refused, alone):
         assert "a run with another --num_processes writes there" in message

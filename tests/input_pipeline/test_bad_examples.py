@@ -57,7 +57,7 @@ def test_many_threads_count_every_one():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(300)
     assert bad.count == 1600 and sum(bad.kinds().values()) == 1600
 
 

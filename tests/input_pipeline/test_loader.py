@@ -142,7 +142,7 @@ def test_no_more_is_made_ahead_than_asked_for():
     ) as batches:
         for taken in range(1, 4):
             next(batches)
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 300
             while len(made) < (taken + 3) * 64 + 1 and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(0.1)
@@ -181,13 +181,13 @@ def test_bad_images_are_masked_in_place_and_recorded():
 
 def settled(threads: int) -> bool:
     """Whether no more threads than these are left, after a while at most."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(0.02)
     return threading.active_count() <= threads
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("num_threads", [1, 4])
 def test_an_exception_in_a_source_ends_the_batches_and_their_threads(num_threads):
     before, read = threading.active_count(), []
@@ -223,7 +223,7 @@ def test_what_an_example_raises_is_raised_by_next():
         next(batches)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_close_ends_the_threads_even_while_they_work():
     before = threading.active_count()
 
@@ -313,7 +313,7 @@ def test_the_loader_turns_opencv_s_own_threads_off():
         assert cv2.getNumThreads() == 1
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_a_source_without_a_good_example_stops_at_once_with_the_reasons():
     read = []
     source = Damaged(10**9, lambda i: read.append(i) is None)

@@ -43,7 +43,7 @@ if act == "wait":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(85))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))
     print("waiting", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 if act and part in workdir.name:
     print("first line\\nloss is nan at step 3", file=sys.stderr)
     sys.exit({"fail": 87, "stop": 85}[act])
@@ -188,11 +188,13 @@ def test_a_signal_is_passed_on_to_the_run(fake, signum):
         [sys.executable, "-c", program, *fake.argv()], stderr=subprocess.PIPE, text=True
     )
     log = fake.workdir / names(ALL[0])[0] / sweep.LOG
+    deadline = time.monotonic() + 600
     while not (log.exists() and "waiting" in log.read_text()):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.communicate(timeout=600)
+        assert time.monotonic() < deadline, f"nothing waits in {log}"
         time.sleep(0.05)
     process.send_signal(signum)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == sweep.INTERRUPTED and "run the same command again" in err
     assert fake.calls() == names(ALL[0])
 

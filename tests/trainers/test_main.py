@@ -192,7 +192,7 @@ def test_a_signal_before_the_first_step_is_exit_code_85(tmp_path, signum):
     )
     assert process.stdout.readline().startswith("distributed: no")
     process.send_signal(signum)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == program.INTERRUPTED, err
     assert "run the same command again to go on" in err
 

@@ -29,7 +29,7 @@ def converted(emoji_tiny, tmp_path):
     def convert(to):
         command = [sys.executable, "-m", "input_pipeline.convert", "files", f"--to={to}"]
         command += [f"path={emoji_tiny}", *ENGLISH, f"--out={tmp_path / to}"]
-        done = subprocess.run(command, cwd=MAIN.parent, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=MAIN.parent, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return shlex.split(done.stdout.partition("train with it:")[2])
 

@@ -109,7 +109,7 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
 def end(process: subprocess.Popen, code: int) -> tuple[str, str]:
     """(rest of stdout, stderr) of a process that ends with the code."""
     try:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == code, (process.returncode, out[-3000:], err[-3000:])

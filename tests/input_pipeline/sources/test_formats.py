@@ -43,7 +43,7 @@ def converted(request, shared_data, tmp_path_factory):
     for to in FORMATS:
         command = [sys.executable, "-m", "input_pipeline.convert", *spec, f"--to={to}"]
         command += [f"--out={folder / to}", "--shard_examples=500"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         flags = shlex.split(done.stdout.partition("train with it:")[2])
         overrides, rest = split_overrides(flags)

@@ -218,7 +218,7 @@ def test_many_threads_read_what_one_reads(tmp_path):
 
 def test_one_thread_decodes_a_row_group_that_all_want(tmp_path, monkeypatch):
     source = Parquet(path=write(tmp_path / "t.parquet", columns(0, 30)))
-    decoded, start = counted(monkeypatch), threading.Barrier(8)
+    decoded, start = counted(monkeypatch), threading.Barrier(8, timeout=600)
 
     def read(i):
         start.wait()

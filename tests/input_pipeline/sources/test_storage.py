@@ -180,7 +180,7 @@ def test_a_version_of_a_storage_is_part_of_the_fingerprint(flaky):
     assert storage.Blob("flaky://a").fingerprint() != storage.Blob("flaky://a").fingerprint()
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(300)
 def test_pipes_and_devices_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (str(tmp_path / "pipe"), "/dev/zero"):

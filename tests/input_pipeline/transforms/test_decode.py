@@ -219,7 +219,7 @@ def test_jpeg_is_decoded_as_pil_decodes_it_to_the_bit(quality, subsampling, prog
         np.testing.assert_array_equal(decode(data), np.asarray(opened.convert("RGB")))
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("form", ["PNG", "GIF", "TIFF"])
 def test_a_bomb_is_refused_in_bounded_memory(form, tmp_path):
     """20,000 x 20,000 pixels of one colour, in little more than a megabyte."""
@@ -236,6 +236,6 @@ except BadExample as error:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
 """
     command = [sys.executable, "-c", code, str(tmp_path / "bomb")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     kilobytes, _, told = done.stdout.partition(" ")
     assert told.startswith("image too large") and int(kilobytes) < 50_000, done.stderr

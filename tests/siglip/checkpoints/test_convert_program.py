@@ -178,7 +178,7 @@ def test_it_runs_as_a_module(source, tmp_path):
     argv = [sys.executable, "-m", "siglip.checkpoints.convert"]
     done = subprocess.run(
         [*argv, source, tmp_path / "hf", "--quiet"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0 and "arrays equal to the bit" in done.stdout, done.stderr
 

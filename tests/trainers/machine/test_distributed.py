@@ -171,7 +171,7 @@ from trainers.machine import distributed
 
 jax.config.update("jax_num_cpu_devices", 2)
 decision = distributed.decide(os.environ)
-distributed.start(decision, heartbeat_timeout=60)
+distributed.start(decision, heartbeat_timeout=3000)
 total = multihost_utils.process_allgather(jax.numpy.array([jax.process_index() + 1])).sum()
 port = int(os.environ["JAX_COORDINATOR_ADDRESS"].split(":")[1])
 listens = [
@@ -213,7 +213,11 @@ def two_processes(*args: str) -> tuple[int, list[tuple[int, str, str]]]:
         )
         for i in range(2)
     ]
-    shown = [process.communicate(timeout=50) for process in processes]
+    try:
+        shown = [process.communicate(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return port, [(process.returncode, *out) for process, out in zip(processes, shown)]
 
 

@@ -105,7 +105,7 @@ def slow_write(monkeypatch, failure=None):
     gate, write = threading.Event(), serialization.async_serialize_from_host
 
     async def wait(*args, **keywords):
-        gate.wait(60)
+        gate.wait(600)
         if failure:
             raise failure
         return await write(*args, **keywords)

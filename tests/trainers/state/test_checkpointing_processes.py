@@ -34,7 +34,7 @@ def test_two_processes_save_and_restore_as_one(tmp_path):
         for index in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
