@@ -101,7 +101,7 @@ def test_the_commands_and_snippets_of_the_page_run_in_their_order(place):
                 env=environment(place),
                 capture_output=True,
                 text=True,
-                timeout=300,
+                timeout=600,
             )
             assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     written = ("weights/b16.npz", "weights/tower/model.safetensors", "runs/mine/results.json")
