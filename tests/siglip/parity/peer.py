@@ -142,7 +142,8 @@ def transformers_embed(
     Args:
       model: a class of transformers, whose from_pretrained reads `folder`.
       inputs: .npz of what its forward takes.
-      out: .npz to write, of what comes out: image_embeds, ..., or pooler_output of a tower alone.
+      out: .npz to write, of what comes out: image_embeds, ..., or of a tower alone pooler_output
+        and last_hidden_state.
 
     Returns:
       The names of arrays that the file did not have, that the model did not take, and that did
@@ -157,6 +158,7 @@ def transformers_embed(
     )
     output = _call(net, inputs)
     names = ("image_embeds", "text_embeds", "logits_per_image", "pooler_output")
+    names += ("last_hidden_state",)
     np.savez(out, **{name: output[name].numpy() for name in names if name in output})
     keys = {kind: sorted(map(str, loading[f"{kind}_keys"])) for kind in LOADING}
     return {**keys, "is": [type(net).__name__]}

@@ -50,18 +50,22 @@ def random_inputs(spec: Spec, n: int = 4, seed: int = 1) -> tuple[np.ndarray, np
 
 
 def embed(weights: Weights, image=None, text=None) -> dict[str, np.ndarray]:
-    """What this project makes of inputs: image_embeds, text_embeds, and with both the logits."""
+    """What this project makes of inputs: image_embeds, text_embeds, and with both the logits.
+
+    As transformers names them also pooler_output and last_hidden_state of the image tower.
+    """
     model = weights.spec.make_model()
     # A tower alone has no scalars, but the model reads them.
     params = {"t": np.zeros(1, np.float32), "b": np.zeros(1, np.float32), **weights.tree()}
     with jax.default_matmul_precision("highest"):
         call = jax.jit(lambda p, x, y: model.apply({"params": p}, image=x, text=y))
-        zimg, ztxt, scalars = call(params, image, text)
-        found = {"image_embeds": zimg, "text_embeds": ztxt}
+        zimg, ztxt, out = call(params, image, text)
+        outputs = {"image_embeds": zimg, "text_embeds": ztxt}
+        outputs["pooler_output"] = out["img"].get("pooled")
+        outputs["last_hidden_state"] = out["img"].get("tokens")
         if zimg is not None and ztxt is not None:
-            logits = scalars["t"] * jnp.matmul(zimg, ztxt.T) + scalars["b"]
-            found["logits_per_image"] = logits
-    return {name: np.asarray(x) for name, x in found.items() if x is not None}
+            outputs["logits_per_image"] = out["t"] * jnp.matmul(zimg, ztxt.T) + out["b"]
+    return {name: np.asarray(x) for name, x in outputs.items() if x is not None}
 
 
 def difference(got: np.ndarray, want: np.ndarray) -> float:

@@ -139,9 +139,13 @@ def test_the_image_tower_of_our_folder_alone(peer, case, tmp_path, name, model, 
     )
     assert answer["is"] == [model]
     assert not answer["missing"] and not answer["mismatched"], answer
-    pooled = np.load(tmp_path / "out.npz")["pooler_output"]
+    theirs = np.load(tmp_path / "out.npz")
+    pooled, tokens = theirs["pooler_output"], theirs["last_hidden_state"]
     unit = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
     assert difference(ours["image_embeds"], unit) < 1e-6
+    assert difference(ours["pooler_output"], pooled) < 1e-6
+    mask = inputs.get("pixel_attention_mask", np.ones(tokens.shape[:2])).astype(bool)
+    assert difference(ours["last_hidden_state"][mask], tokens[mask]) < 1e-6
 
 
 def config_of(spec: Spec) -> dict:
