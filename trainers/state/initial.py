@@ -63,7 +63,7 @@ def _taken(weights: Weights, only: tuple[str, ...]) -> Weights:
 def fitted(setup: Setup, weights: Weights, only: tuple[str, ...]) -> tuple[Weights, list[str]]:
     """The weights with the positions of this run, after a check of what they expect."""
     config, here = setup.config, spec_of(setup)
-    made, notes = weights.spec, []
+    made, notes = weights.spec, list(weights.notes)
     if made.img and here.img and here.res and made.res:
         weights = _named(
             lambda: adapt.to_res(weights, here.res or 0, config.init_positions), "init_positions"

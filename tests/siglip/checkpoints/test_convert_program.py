@@ -153,21 +153,21 @@ def test_what_was_not_written_as_it_was_is_found(damage, source, tmp_path, capsy
     """One array of the target is another than the source's."""
 
     def broken(weights, path, **options):
-        leaves, name = dict(weights.arrays), "txt/Encoder_0/encoder_norm/bias"
-        array = np.array(leaves[name].read())
+        changed, name = dict(weights.arrays), "txt/Encoder_0/encoder_norm/bias"
+        array = np.array(changed[name].read())
         if damage == "type":
             array = array.astype(np.float64)
         else:
             array[3] = -0.0 if damage == "sign of zero" else array[3] + 1e-7
-        leaves[name] = of_array(array)
-        return big_vision.write(dataclasses.replace(weights, arrays=leaves), path, **options)
+        changed[name] = of_array(array)
+        return big_vision.write(dataclasses.replace(weights, arrays=changed), path, **options)
 
     if damage == "sign of zero":
-        leaves = dict(tiny().arrays)
+        changed = dict(tiny().arrays)
         zero = np.zeros(32, np.float32)
-        leaves["txt/Encoder_0/encoder_norm/bias"] = of_array(zero)
+        changed["txt/Encoder_0/encoder_norm/bias"] = of_array(zero)
         source = tmp_path / "zero.npz"
-        big_vision.write(dataclasses.replace(tiny(), arrays=leaves), source)
+        big_vision.write(dataclasses.replace(tiny(), arrays=changed), source)
     monkeypatch.setitem(checkpoints.FORMATS, "big_vision", broken)
     code, _, err = run(capsys, source, tmp_path / "dst.npz", "--quiet")
     assert code == 2 and len(err) == 1

@@ -32,7 +32,7 @@ def mixture() -> dict[str, np.ndarray]:
     return arrays | {"yes": np.array([True, False, True])}
 
 
-def leaves(arrays: dict[str, np.ndarray]) -> dict[str, LazyArray]:
+def lazy(arrays: dict[str, np.ndarray]) -> dict[str, LazyArray]:
     return {name: of_array(array) for name, array in arrays.items()}
 
 
@@ -68,7 +68,7 @@ def refusal(path: pathlib.Path) -> str:
 def test_bytes_are_those_of_the_library(tmp_path, metadata):
     arrays = mixture()
     safetensors.numpy.save_file(arrays, tmp_path / "theirs", metadata or None)
-    safetensors_file.write(tmp_path / "ours", leaves(arrays), metadata)
+    safetensors_file.write(tmp_path / "ours", lazy(arrays), metadata)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
@@ -86,7 +86,7 @@ def test_what_the_library_wrote_is_read_and_the_other_way_round(tmp_path):
 
 
 def test_order_of_metadata_and_of_arrays_changes_no_byte(tmp_path):
-    arrays = leaves(mixture())
+    arrays = lazy(mixture())
     safetensors_file.write(tmp_path / "a", arrays, {"a": "1", "b": "2"})
     backwards = dict(reversed(arrays.items()))
     safetensors_file.write(tmp_path / "b", backwards, {"b": "2", "a": "1"})
@@ -100,7 +100,7 @@ def test_any_layout_in_memory_gives_the_same_file(tmp_path, monkeypatch, dtype):
     wide = np.zeros((3, 8, 5), plain.dtype)
     wide[:, ::2] = plain
     for i, array in enumerate((plain, np.asfortranarray(plain), wide[:, ::2])):
-        safetensors_file.write(tmp_path / f"{i}", leaves({"a": array}), {})
+        safetensors_file.write(tmp_path / f"{i}", lazy({"a": array}), {})
         little = plain.astype(plain.dtype.newbyteorder("<"))
         assert_same(safetensors_file.read(tmp_path / f"{i}"), {"a": little})
 
@@ -125,7 +125,7 @@ def test_one_array_at_a_time_is_in_memory(tmp_path):
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "model.safetensors"
-    safetensors_file.write(path, leaves({"a": np.ones(3)}), {})
+    safetensors_file.write(path, lazy({"a": np.ones(3)}), {})
     before = path.read_bytes()
 
     def fail() -> np.ndarray:
@@ -152,9 +152,9 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
         ({"__metadata__": np.zeros(2)}, "rename it"),
     ):
         with pytest.raises(CheckpointError, match=f"^[^\n]*{says}[^\n]*$"):
-            safetensors_file.write(tmp_path / "x", leaves(arrays), {})
+            safetensors_file.write(tmp_path / "x", lazy(arrays), {})
     with pytest.raises(CheckpointError, match=r"^[^\n]*x cannot be written: No such file[^\n]*$"):
-        safetensors_file.write(tmp_path / "no" / "x", leaves(mixture()), {})
+        safetensors_file.write(tmp_path / "no" / "x", lazy(mixture()), {})
     assert os.listdir(tmp_path) == []
 
 
@@ -275,9 +275,9 @@ def test_a_bool_is_0_or_1(tmp_path):
 
 def test_a_file_that_changes_between_header_and_array_is_refused(tmp_path):
     path = tmp_path / "x"
-    safetensors_file.write(path, leaves({"a": np.zeros(3), "b": np.ones(3)}), {})
+    safetensors_file.write(path, lazy({"a": np.zeros(3), "b": np.ones(3)}), {})
     read = safetensors_file.read(path)
-    safetensors_file.write(path, leaves({"c": np.zeros(3), "d": np.ones(3)}), {})
+    safetensors_file.write(path, lazy({"c": np.zeros(3), "d": np.ones(3)}), {})
     os.utime(path, ns=(0, 0))
     with pytest.raises(CheckpointError, match="x has changed while it was read"):
         read["a"].read()
@@ -289,7 +289,7 @@ def test_a_file_that_changes_between_header_and_array_is_refused(tmp_path):
 def test_damage_anywhere_is_an_error_of_ours_and_what_the_library_refuses_we_refuse(tmp_path):
     path = tmp_path / "x.safetensors"
     arrays = {"a": np.arange(6.0).reshape(2, 3), "b": np.ones(4, BF16), "c": np.array([True])}
-    safetensors_file.write(path, leaves(arrays), {"format": "pt"})
+    safetensors_file.write(path, lazy(arrays), {"format": "pt"})
     whole = path.read_bytes()
     refused = 0
     for i in range(len(whole)):
@@ -323,7 +323,7 @@ def test_a_folder_of_shards_is_read(tmp_path):
     arrays = sharded(tmp_path)
     assert_same(safetensors_file.read_folder(tmp_path), arrays)
     # A whole file goes first.
-    safetensors_file.write(tmp_path / "model.safetensors", leaves({"d": np.zeros(1)}), {})
+    safetensors_file.write(tmp_path / "model.safetensors", lazy({"d": np.zeros(1)}), {})
     assert list(safetensors_file.read_folder(tmp_path)) == ["d"]
 
 
@@ -350,7 +350,7 @@ def test_nothing_outside_the_folder_is_read(tmp_path, file):
     inner = tmp_path / "inner"
     inner.mkdir()
     sharded(inner, b=file)
-    safetensors_file.write(tmp_path / "x.safetensors", leaves({"b": np.ones(3)}), {})
+    safetensors_file.write(tmp_path / "x.safetensors", lazy({"b": np.ones(3)}), {})
     assert "would lie outside" in folder_refusal(inner)
 
 
@@ -382,8 +382,8 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path):
 
 
 def test_the_two_formats_know_each_other(tmp_path):
-    safetensors_file.write(tmp_path / "a", leaves(mixture()), {})
-    npz_file.write(tmp_path / "b", leaves(mixture()).items())
+    safetensors_file.write(tmp_path / "a", lazy(mixture()), {})
+    npz_file.write(tmp_path / "b", lazy(mixture()).items())
     with pytest.raises(CheckpointError, match="a is a safetensors file under a wrong name"):
         npz_file.read(tmp_path / "a")
     assert "an .npz under a wrong name" in refusal(tmp_path / "b")

@@ -217,14 +217,15 @@ def test_a_head_or_bias_that_was_filled_in_and_then_trained_is_kept(tmp_path):
     assert any("identity" in note for note in notes) and any("no bias" in note for note in notes)
     for name in ("text_model.head.bias", "logit_bias"):
 
-        def change(leaves, name=name):
-            leaves[name] = of_array(leaves[name].read() + 1)
+        def change(arrays, name=name):
+            arrays[name] = of_array(arrays[name].read() + 1)
 
         rewrite(tmp_path / "hf", change)
     read = checkpoints.read(tmp_path / "hf")
     assert read.spec.bias and read.spec.txt["out_dim"] == 32
     assert read.arrays["b"].read().tolist() == [1]
     np.testing.assert_array_equal(read.arrays["txt/head/kernel"].read(), np.eye(32))
+    assert checkpoints.contract_of(tmp_path / "hf") == read.spec
 
 
 # What transformers reads of a folder
