@@ -61,13 +61,13 @@ def test_a_change_needs_a_method_and_the_right_tower():
 
 def test_a_cast_rounds_to_nearest_even():
     made = adapt.cast(tiny(), "bfloat16")
-    for name, leaf in made.arrays.items():
+    for name, stored in made.arrays.items():
         x = tiny().arrays[name].read()
         bits = x.view(np.uint32).astype(np.uint64)
         expected = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        assert leaf.dtype == ml_dtypes.bfloat16
-        np.testing.assert_array_equal(leaf.read().view(np.uint16), expected)
+        assert stored.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(stored.read().view(np.uint16), expected)
     half = adapt.cast(tiny(), "float16")
     adapted = adapt.to_res(adapt.to_token_len(half, 20, "keep"), 48, "bicubic")
-    assert {str(leaf.read().dtype) for leaf in adapted.arrays.values()} == {"float16"}
+    assert {str(stored.read().dtype) for stored in adapted.arrays.values()} == {"float16"}
     assert TINY.res == 32

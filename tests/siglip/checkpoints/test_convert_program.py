@@ -62,7 +62,7 @@ def test_the_ending_chooses_the_format_and_flags_change_the_model(source, tmp_pa
     assert run(capsys, *argv)[0] == 0
     made = checkpoints.read(tmp_path / "b.npz")
     assert made.format == "big_vision" and (made.spec.res, made.spec.token_len) == (48, 20)
-    assert {str(leaf.dtype) for leaf in made.arrays.values()} == {"bfloat16"}
+    assert {str(stored.dtype) for stored in made.arrays.values()} == {"bfloat16"}
     with np.load(tmp_path / "b.npz") as there:
         assert "params/img/Transformer/encoderblock/LayerNorm_0/scale" in there.files
     assert run(capsys, source, tmp_path / "oc", "--format", "open_clip")[0] == 0
@@ -123,11 +123,11 @@ def test_an_interruption_leaves_nothing(target, source, tmp_path, capsys, monkey
     real = safetensors_file.write_array
     written = []
 
-    def stop(file, leaf):
+    def stop(file, stored):
         if len(written) == 20:
             raise KeyboardInterrupt
-        written.append(leaf)
-        real(file, leaf)
+        written.append(stored)
+        real(file, stored)
 
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(safetensors_file, "write_array", stop)
@@ -190,9 +190,9 @@ def test_an_image_tower_is_taken_from_another_model(tmp_path):
     )
     image, target = tiny(), tmp_path / "joined"
     joined = convert.with_image_tower(text, image)
-    for name, leaf in joined.arrays.items():
+    for name, stored in joined.arrays.items():
         source = image if name.startswith("img/") else text
-        assert leaf.read().tobytes() == source.arrays[name].read().tobytes(), name
+        assert stored.read().tobytes() == source.arrays[name].read().tobytes(), name
     assert joined.spec.img == image.spec.img and joined.spec.res == image.spec.res
     checkpoints.write(joined, target, "huggingface")
     wide = tiny(img={**TINY.img, "width": 48, "num_heads": 3}, txt={**TINY.txt, "out_dim": 48})

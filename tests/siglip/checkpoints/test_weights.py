@@ -44,7 +44,7 @@ def test_every_format_gives_back_the_model_to_the_bit(way, dtype, tmp_path):
     given = adapt.cast(tiny(), dtype)
     again = there_and_back(given, tmp_path, way)
     assert arrays(again) == arrays(given)
-    assert {str(leaf.dtype) for leaf in again.arrays.values()} == {dtype}
+    assert {str(stored.dtype) for stored in again.arrays.values()} == {dtype}
     assert without_paths(again.spec) == without_paths(given.spec)
 
 
@@ -136,8 +136,8 @@ def test_stacked_layers_are_the_layers_in_the_order_of_their_numbers():
     whole = stacked["txt/Encoder_0/encoderblock/x/bias"]
     np.testing.assert_array_equal(whole.read(), np.repeat(np.arange(12.0)[:, None], 2, 1))
     again = weights.unstack(stacked)
-    assert {n: leaf.read().tolist() for n, leaf in again.items() if n != "t"} == {
-        n: leaf.read().tolist() for n, leaf in given.items()
+    assert {n: stored.read().tolist() for n, stored in again.items() if n != "t"} == {
+        n: stored.read().tolist() for n, stored in given.items()
     }
 
 
@@ -148,8 +148,8 @@ def test_a_stacked_array_is_read_once_for_all_its_layers_and_let_go():
         reads.append(1)
         return np.arange(6.0).reshape(3, 2)
 
-    leaf = LazyArray((3, 2), np.dtype(np.float64), "a", read)
-    layers = weights.unstack({"e/encoderblock/b": leaf})
+    stored = LazyArray((3, 2), np.dtype(np.float64), "a", read)
+    layers = weights.unstack({"e/encoderblock/b": stored})
     for round in (1, 2):
         rows = [layers[f"e/encoderblock_{i}/b"].read().tolist() for i in range(3)]
         assert rows == [[0, 1], [2, 3], [4, 5]] and len(reads) == round

@@ -159,7 +159,7 @@ def test_many_threads_read_the_right_arrays(tmp_path):
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             names = [f"{i % 40}" for i in range(800)]
             for name, actual in zip(
-                names, pool.map(lambda leaf: leaf.read(), [read[n] for n in names])
+                names, pool.map(lambda stored: stored.read(), [read[n] for n in names])
             ):
                 np.testing.assert_array_equal(actual, arrays[name])
 
@@ -170,7 +170,7 @@ def test_one_array_at_a_time_is_in_memory(tmp_path):
     try:
         npz_file.write(tmp_path / "x.npz", ((f"{i}", one) for i in range(8)))
         read = npz_file.read(tmp_path / "x.npz")
-        assert sum(float(leaf.read().sum()) for leaf in read.values()) == 4_000_000
+        assert sum(float(stored.read().sum()) for stored in read.values()) == 4_000_000
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -319,9 +319,9 @@ def test_a_wrong_checksum_or_damaged_bytes_are_one_line(tmp_path, save):
     path = tmp_path / "x.npz"
     save(path, a=np.arange(1000))
     good = path.read_bytes()
-    leaf = npz_file.read(edited(path, CRC, "<I", 1))["a"]
+    stored = npz_file.read(edited(path, CRC, "<I", 1))["a"]
     with pytest.raises(CheckpointError, match=r"^x.npz: a is damaged \(wrong checksum\)[^\n]*$"):
-        leaf.read()
+        stored.read()
     middle = bytearray(good)
     middle[len(good) // 2] ^= 255
     path.write_bytes(middle)
@@ -346,9 +346,9 @@ def test_bytes_that_cannot_be_unpacked_are_one_line(tmp_path, flush, tail, says)
     archive(path, {"a.npy": packed + tail})
     edited(path, METHOD, "<H", zipfile.ZIP_DEFLATED)
     edited(path, SIZE, "<I", len(begin) + 60_000)
-    leaf = npz_file.read(path)["a"]
+    stored = npz_file.read(path)["a"]
     with pytest.raises(CheckpointError, match=rf"^x.npz: a is damaged \({says}[^\n]*$"):
-        leaf.read()
+        stored.read()
 
 
 def test_an_array_whose_bytes_go_on_is_refused(tmp_path):
@@ -372,10 +372,10 @@ def test_an_archive_without_its_beginning_is_refused(tmp_path):
 def test_unpacking_takes_no_second_array(tmp_path):
     path = tmp_path / "x.npz"
     np.savez_compressed(path, a=np.zeros(20_000_000, np.uint8))
-    leaf = npz_file.read(path)["a"]
+    stored = npz_file.read(path)["a"]
     tracemalloc.start()
     try:
-        assert not leaf.read().any()
+        assert not stored.read().any()
         assert tracemalloc.get_traced_memory()[1] < 25e6
     finally:
         tracemalloc.stop()
@@ -439,10 +439,10 @@ def test_python_2_headers_are_read_without_a_word(tmp_path):
 def test_a_file_that_changes_between_header_and_array_is_refused(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, a=np.zeros(3))
-    leaf = npz_file.read(path)["a"]
+    stored = npz_file.read(path)["a"]
     os.utime(path, ns=(0, 0))
     with pytest.raises(CheckpointError, match=r"x\.npz has changed while it was read"):
-        leaf.read()
+        stored.read()
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -458,7 +458,7 @@ def test_damage_anywhere_is_seen_or_harmless(tmp_path, save):
         for content in (bytes(flipped), whole[:i]):
             path.write_bytes(content)
             try:
-                read = {name: leaf.read() for name, leaf in npz_file.read(path).items()}
+                read = {name: stored.read() for name, stored in npz_file.read(path).items()}
             except CheckpointError as error:
                 assert "\n" not in str(error)
                 refused += 1

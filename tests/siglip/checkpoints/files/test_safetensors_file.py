@@ -116,7 +116,7 @@ def test_one_array_at_a_time_is_in_memory(tmp_path):
     try:
         safetensors_file.write(tmp_path / "big", big, {})
         read = safetensors_file.read(tmp_path / "big")
-        assert sum(float(leaf.read().sum()) for leaf in read.values()) == 4_000_000
+        assert sum(float(stored.read().sum()) for stored in read.values()) == 4_000_000
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -298,8 +298,8 @@ def test_damage_anywhere_is_an_error_of_ours_and_what_the_library_refuses_we_ref
         for content in (bytes(flipped), whole[:i]):
             path.write_bytes(content)
             try:
-                for leaf in safetensors_file.read(path).values():
-                    leaf.read()
+                for stored in safetensors_file.read(path).values():
+                    stored.read()
             except CheckpointError as error:
                 assert "\n" not in str(error)
                 refused += 1

@@ -20,9 +20,9 @@ def numpy_arrays(stacked=()):
     """By name; layers of the towers in `stacked` in one array."""
     leaves = {}
     for tower in ("img", "txt", "t", "b"):
-        part = {n: leaf for n, leaf in GIVEN.arrays.items() if n.split("/")[0] == tower}
+        part = {n: stored for n, stored in GIVEN.arrays.items() if n.split("/")[0] == tower}
         leaves |= stack(part) if tower in stacked else part
-    return {name: leaf.read() for name, leaf in leaves.items()}
+    return {name: stored.read() for name, stored in leaves.items()}
 
 
 def save(path, saved, prefix="params/"):
@@ -49,9 +49,9 @@ def test_optimizer_state_and_counters_are_left_alone(tmp_path):
 def test_two_byte_void_is_bfloat16(tmp_path):
     half = {n: x.astype(ml_dtypes.bfloat16) for n, x in numpy_arrays().items()}
     path = save(tmp_path / "a.npz", {n: x.view("V2") for n, x in half.items()})
-    for name, leaf in checkpoints.read(path).arrays.items():
-        assert leaf.read().dtype == ml_dtypes.bfloat16
-        assert leaf.read().tobytes() == half[name].tobytes()
+    for name, stored in checkpoints.read(path).arrays.items():
+        assert stored.read().dtype == ml_dtypes.bfloat16
+        assert stored.read().tobytes() == half[name].tobytes()
 
 
 def test_a_file_without_b_is_a_model_without_a_bias(tmp_path):

@@ -97,7 +97,7 @@ def test_a_released_model_is_known_by_its_config_alone(name, tmp_path, monkeypat
     monkeypatch.setattr(safetensors_file, "read_folder", lambda folder: theirs)
     read = checkpoints.read(tmp_path / "hf")
     assert read.spec == full
-    assert {n: leaf.shape for n, leaf in read.arrays.items()} == shapes
+    assert {n: stored.shape for n, stored in read.arrays.items()} == shapes
     assert read.parameters >= preset.parameters
 
 
@@ -172,7 +172,7 @@ def test_shards_are_one_model(folder):
     shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     place = {name: shards[i % 3] for i, name in enumerate(leaves)}
     for shard in shards:
-        part = {n: leaf for n, leaf in leaves.items() if place[n] == shard}
+        part = {n: stored for n, stored in leaves.items() if place[n] == shard}
         safetensors_file.write(folder / shard, part, {})
     (folder / ARRAYS).unlink()
     index = folder / "model.safetensors.index.json"
@@ -190,7 +190,9 @@ def test_a_tower_alone_is_read_with_its_prefix_or_without(tower, prefix, tmp_pat
     config = json.loads((tmp_path / "hf" / CONFIG).read_text())
     assert config["model_type"] == f"siglip_{name.removesuffix('.')}"
     if not prefix:
-        rewrite(tmp_path / "hf", lambda x: {n.removeprefix(name): leaf for n, leaf in x.items()})
+        rewrite(
+            tmp_path / "hf", lambda x: {n.removeprefix(name): stored for n, stored in x.items()}
+        )
     read = checkpoints.read(tmp_path / "hf")
     assert arrays(read) == arrays(GIVEN.only(tower)) and not read.spec.bias
 

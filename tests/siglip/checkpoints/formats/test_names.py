@@ -115,9 +115,9 @@ def test_every_array_of_ours_has_one_place_there_and_comes_back_to_the_bit(kind,
         array = there.read()
         assert array.shape == there.shape == names.their_shape(entry, shapes)
         assert array.flags["C_CONTIGUOUS"]
-        for ours, leaf in names.to_ours(entry, there, shapes):
-            assert leaf.shape == shapes[ours]
-            assert leaf.read().tobytes() == leaves[ours].read().tobytes(), ours
+        for ours, stored in names.to_ours(entry, there, shapes):
+            assert stored.shape == shapes[ours]
+            assert stored.read().tobytes() == leaves[ours].read().tobytes(), ours
 
 
 def of(entries, theirs):

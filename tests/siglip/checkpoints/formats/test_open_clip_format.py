@@ -77,7 +77,7 @@ def test_a_released_model_is_known_by_its_arrays_and_config(name, tmp_path, monk
     (tmp_path / open_clip_format.MODEL).write_bytes(b"")
     read = checkpoints.read(tmp_path)
     assert read.spec == made
-    assert {n: leaf.shape for n, leaf in read.arrays.items()} == shapes
+    assert {n: stored.shape for n, stored in read.arrays.items()} == shapes
 
 
 def test_without_the_config_heads_are_those_of_the_variant_or_asked_for(folder, monkeypatch):
