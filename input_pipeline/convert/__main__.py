@@ -88,8 +88,8 @@ def _converted(flags: argparse.Namespace, out: pathlib.Path, source: Any) -> lis
     lines = conversion.lines()
     default = inspect.signature(type(source)).parameters.get("split")
     if default and not split:
-        told = f"split={default.default} alone; convert others with split=NAME into other folders"
-        lines.insert(1, told)
+        note = f"split={default.default} alone; convert others with split=NAME into other folders"
+        lines.insert(1, note)
     return lines
 
 

@@ -1,5 +1,4 @@
-"""A source into shards, one after another: what is left out, what an interrupted run left, and
-what is told in the end."""
+"""Converts a source into shards, one after another; an interrupted conversion goes on."""
 
 import concurrent.futures
 import contextlib
@@ -24,25 +23,25 @@ from PIL import Image
 from base import whole_file
 from base.errors import UserError
 from base.words import one_line
-from input_pipeline.convert.writers import WRITERS, Row
+from input_pipeline.convert.writers import WRITERS, Record
 from input_pipeline.errors import BadExample
 from input_pipeline.sources.webdataset.source import IMAGES
 
-STATE = "conversion.json"  # in the folder: what was asked for, and what became of each shard
-THREADS, AHEAD = 8, 64  # that read, and examples that are in memory
-NAMES = 20  # bad examples that are listed
+STATE = "conversion.json"  # in the folder: the command, and the report of each shard
+THREADS, AHEAD = 8, 64  # threads that read, and examples in memory
+LISTED = 20  # bad examples that are listed by name
 
 
 class Conversion:
-    """Shards of a source, one after another.
+    """Writes the shards of a source, one after another.
 
     Args:
       source: any.
-      asked: the command, as it is compared with that of an earlier run.
+      asked: words of the command; a run that continues an earlier one must have the same.
       to: one of WRITERS.
       out: the folder. New, or that of an earlier run of the same command.
       shard_examples: of the source, in each shard; bad ones are left out.
-      name: what names of shards begin with.
+      name: beginning of the names of shards.
 
     Raises:
       UserError: the folder belongs to something else, or no example is usable.
@@ -84,7 +83,7 @@ class Conversion:
         class_names = self.source.class_names
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
             for k, size in zip(left, sizes):
-                name, report = self.names[k], Report()
+                name, report = self.names[k], ShardReport()
                 indices = range(k * self.size, k * self.size + size)
                 rows = report.counted(self._rows(indices, pool, progress, report))
                 part = self.out / f".{name}.part"
@@ -104,7 +103,7 @@ class Conversion:
             self._join(self._table)
 
     def _join(self, table: pathlib.Path) -> None:
-        """The parts of a table, which were the shards, into one."""
+        """Joins the shards, which are parts of a table, into the table."""
         parts = [self.out / name for name in self.names]
         if not table.exists():
             with whole_file.create(table) as file:
@@ -119,38 +118,38 @@ class Conversion:
         indices: range,
         pool: concurrent.futures.Executor,
         progress: "Progress",
-        report: "Report",
-    ) -> Iterator[Row]:
+        report: "ShardReport",
+    ) -> Iterator[Record]:
         for first in range(indices.start, indices.stop, AHEAD):
             several = range(first, min(first + AHEAD, indices.stop))
-            for row in pool.map(self._row, several):
+            for row in pool.map(self._record, several):
                 progress.step()
                 if isinstance(row, BadExample):
                     report.bad.append(f"{row.id}: {row}")
                 else:
                     yield row
 
-    def _row(self, i: int) -> Row | BadExample:
+    def _record(self, i: int) -> Record | BadExample:
         name = f"[{i}]"
         try:
             example = self.source[i]
             name = example["id"]
-            return _row(i, example, self.to)
+            return _make_record(i, example, self.to)
         except BadExample as error:
             error.id = error.id or name
             return error
 
     def lines(self) -> list[str]:
-        """What was done, what was left out, and how to train with it."""
+        """Lines for the user: what was written and left out, and the settings that read it."""
         reports = [self.state["shards"][name] for name in self.names]
         written = sum(report["written"] for report in reports)
         bad = [name for report in reports for name in report["bad"]]
         lines = [f"{written} examples in {self.out}"]
         if bad:
             lines.append(f"left out {len(bad)} that cannot be used:")
-            lines += [f"  {name}" for name in bad[:NAMES]]
-            if len(bad) > NAMES:
-                lines.append(f"  and {len(bad) - NAMES} more, all in {self.out / STATE}")
+            lines += [f"  {name}" for name in bad[:LISTED]]
+            if len(bad) > LISTED:
+                lines.append(f"  and {len(bad) - LISTED} more, all in {self.out / STATE}")
         if any(report["weights"] for report in reports):
             lines.append("not copied: how often each caption is drawn; set it again")
         most = max(report["texts"] for report in reports)
@@ -184,17 +183,17 @@ class Conversion:
         return [*lines, *config_lines(settings)]
 
 
-class Report:
-    """What became of the examples of a shard."""
+class ShardReport:
+    """Counts of the examples of a shard, and the bad ones."""
 
     def __init__(self):
         self.written = self.labels = self.languages = 0  # examples, and how many have these
         self.mixed = 0  # examples with texts in several languages
-        self.texts = 0  # of the example that has most
+        self.texts = 0  # most texts of one example
         self.weights = False
         self.bad: list[str] = []
 
-    def counted(self, rows: Iterator[Row]) -> Iterator[Row]:
+    def counted(self, rows: Iterator[Record]) -> Iterator[Record]:
         for row in rows:
             self.written += 1
             self.labels += row.label is not None
@@ -205,9 +204,9 @@ class Report:
             yield row
 
 
-def _row(i: int, example: dict[str, Any], to: str) -> Row:
+def _make_record(i: int, example: dict[str, Any], to: str) -> Record:
     image = example["image"]
-    if isinstance(image, np.ndarray):  # of a source that draws its images
+    if isinstance(image, np.ndarray):  # from a source that has pixels
         file = io.BytesIO()
         Image.fromarray(image).save(file, "PNG")
         image = file.getvalue()
@@ -227,7 +226,7 @@ def _row(i: int, example: dict[str, Any], to: str) -> Row:
     except UnicodeEncodeError as error:  # half a surrogate, out of JSON
         raise BadExample("caption not UTF-8", one_line(error)) from error
     name, weighted = str(example["id"]), "weights" in example
-    return Row(i, bytes(image), suffix, texts, languages, label, name, weighted)
+    return Record(i, bytes(image), suffix, texts, languages, label, name, weighted)
 
 
 MAGIC = {
@@ -243,13 +242,13 @@ MAGIC = {
 
 
 def _suffix(image: bytes) -> str:
-    """'' where the first bytes are those of no format that training decodes."""
+    """Suffix of the image's format; '' where training decodes no format with such first bytes."""
     matches = (suffix for magic, suffix in MAGIC.items() if re.match(magic, image[:16], re.DOTALL))
     return next(matches, "")
 
 
 def _state(out: pathlib.Path, command: dict[str, Any]) -> dict[str, Any]:
-    """That of an earlier run of the same command, or a new one in a new folder."""
+    """The state of an earlier run of the same command, or a new one in a new folder."""
     file = out / STATE
     if file.exists():
         try:
@@ -261,8 +260,8 @@ def _state(out: pathlib.Path, command: dict[str, Any]) -> dict[str, Any]:
         for key, value in command.items():
             if before[key] != value:
                 raise UserError(
-                    f"--out {out} is of another conversion, {key} {_told(before[key])} instead of "
-                    f"{_told(value)}; give a new folder"
+                    f"--out {out} is of another conversion, {key} {_as_text(before[key])} "
+                    f"instead of {_as_text(value)}; give a new folder"
                 )
         return state
     others = out.is_dir() and [path for path in out.iterdir() if path.suffix != ".part"]
@@ -274,7 +273,7 @@ def _state(out: pathlib.Path, command: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _told(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -292,7 +291,7 @@ def config_lines(settings: dict[str, str]) -> list[str]:
 
 @contextlib.contextmanager
 def locked(out: pathlib.Path) -> Iterator[None]:
-    """The folder for this process alone; the lock goes with the process, however that ends.
+    """Locks the folder for this process; the lock ends with the process, however that ends.
 
     Raises:
       UserError: another conversion writes there.
@@ -315,12 +314,12 @@ class Progress:
 
     def __init__(self, total: int, what: str):
         self._total, self._what, self._done = total, what, 0
-        self._begun = self._told = time.monotonic()
+        self._begun = self._shown = time.monotonic()
         self._live = sys.stderr.isatty()
 
     def step(self, count: int = 1) -> None:
         self._done += count
-        if time.monotonic() - self._told > (0.5 if self._live else 30):
+        if time.monotonic() - self._shown > (0.5 if self._live else 30):
             self._tell()
 
     def end(self) -> None:
@@ -329,8 +328,8 @@ class Progress:
             print(file=sys.stderr)
 
     def _tell(self) -> None:
-        self._told = time.monotonic()
-        rate = self._done / max(self._told - self._begun, 1e-9)
+        self._shown = time.monotonic()
+        rate = self._done / max(self._shown - self._begun, 1e-9)
         left = datetime.timedelta(seconds=round((self._total - self._done) / max(rate, 1e-9)))
         line = f"{self._done}/{self._total} {self._what}, {rate:.0f}/s, {left} left"
         start, end = ("\r", "   ") if self._live else ("", "\n")

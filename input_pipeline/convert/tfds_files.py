@@ -1,4 +1,4 @@
-"""What TFDS prepared as tfrecord: the same records in ArrayRecord files."""
+"""Copies a TFDS data set prepared as tfrecord into ArrayRecord files, record by record."""
 
 import importlib.util
 import itertools
@@ -25,10 +25,10 @@ def convert_tfds(folder: pathlib.Path, out: pathlib.Path) -> list[str]:
     """Copies a data set that TFDS prepared as tfrecord, as ArrayRecord, into the data_dir `out`.
 
     Returns:
-      What was done, and how to train with it.
+      Lines for the user: what was copied, and the settings that read it.
 
     Raises:
-      UserError: it is no such data set, or is damaged.
+      UserError: the folder is not such a data set, or is damaged.
     """
     info, splits = _tfds_info(folder)
     with locked(out):
@@ -67,7 +67,7 @@ Splits = dict[str, list[tuple[str, int]]]
 
 
 def _tfds_info(folder: pathlib.Path) -> tuple[dict[str, Any], Splits]:
-    """dataset_info.json, and of each split (file, records) of its shards."""
+    """The content of dataset_info.json, and split -> (file, records) of each shard."""
     from tensorflow_datasets.core import read_only_builder
 
     file = folder / "dataset_info.json"
@@ -79,9 +79,9 @@ def _tfds_info(folder: pathlib.Path) -> tuple[dict[str, Any], Splits]:
         )
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
-        found = info.get("fileFormat", "tfrecord")
-        if found != "tfrecord":
-            raise UserError(f"{folder} is prepared as {found}; only tfrecord is converted")
+        format_ = info.get("fileFormat", "tfrecord")
+        if format_ != "tfrecord":
+            raise UserError(f"{folder} is prepared as {format_}; only tfrecord is converted")
         builder = read_only_builder.builder_from_directory(folder)
         splits = {
             name: list(zip(split.filenames, map(int, split.shard_lengths)))
@@ -124,12 +124,12 @@ def _copy_records(file: pathlib.Path, target: pathlib.Path, count: int, progress
 
 
 def _checks_data() -> bool:
-    # In Python it takes a second for a few megabytes.
+    # Without the package crc32c, in Python, a few megabytes take a second.
     return importlib.util.find_spec("crc32c") is not None
 
 
 def _tfrecords(file: BinaryIO, path: pathlib.Path) -> Iterator[bytes]:
-    """Records of a TFRecord file: u64 length, its masked CRC-32C, the data, that of the data."""
+    """Yields the records of a TFRecord file: u64 length, its masked CRC-32C, data, its CRC."""
     from tensorboardX.record_writer import masked_crc32c
 
     def refuse(number: int, what: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""One shard in each format: what a shard is made of, and the file that it becomes."""
+"""Writers of one shard in each format, and the records that they are given."""
 
 import contextlib
 import io
@@ -19,8 +19,8 @@ from input_pipeline.sources.array_record import TfExample
 ROW_GROUP = 100  # rows of Parquet that are read together: some megabytes of images
 
 
-class Row(NamedTuple):
-    """An example on its way."""
+class Record(NamedTuple):
+    """A checked example on its way from the source into a shard."""
 
     index: int
     image: bytes
@@ -29,10 +29,10 @@ class Row(NamedTuple):
     languages: list[str]  # [] or parallel to texts
     label: int | None
     id: str
-    weighted: bool  # it said how often each text is drawn
+    weighted: bool  # it had weights, which are not written
 
 
-def _write_array_record(path: pathlib.Path, rows: Iterator[Row], class_names: Any) -> None:
+def _write_array_record(path: pathlib.Path, rows: Iterator[Record], class_names: Any) -> None:
     with array_record_writer(path) as write:
         for row in rows:
             example = TfExample()
@@ -49,7 +49,7 @@ def _write_array_record(path: pathlib.Path, rows: Iterator[Row], class_names: An
 
 @contextlib.contextmanager
 def array_record_writer(path: pathlib.Path) -> Iterator[Callable[[bytes], None]]:
-    """Writes records to a file, one compressed by one: of a group, all are read for each.
+    """Writes records to a file, each compressed alone, as reading one of a group reads all of it.
 
     Raises:
       OSError: the disk is full, say.
@@ -57,12 +57,12 @@ def array_record_writer(path: pathlib.Path) -> Iterator[Callable[[bytes], None]]
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
     try:
         yield writer.write
-        writer.close()  # here the library says that it failed
+        writer.close()  # here the library reports earlier failures
     except RuntimeError as error:
         raise OSError(one_line(error)) from error
 
 
-def _write_parquet(path: pathlib.Path, rows: Iterator[Row], class_names: Any) -> None:
+def _write_parquet(path: pathlib.Path, rows: Iterator[Record], class_names: Any) -> None:
     schema = pa.schema(
         [
             ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
@@ -102,13 +102,13 @@ def _write_parquet(path: pathlib.Path, rows: Iterator[Row], class_names: Any) ->
             writer.write_table(pa.table(columns, schema=schema), row_group_size=ROW_GROUP)
 
 
-def _write_webdataset(path: pathlib.Path, rows: Iterator[Row], class_names: Any) -> None:
+def _write_webdataset(path: pathlib.Path, rows: Iterator[Record], class_names: Any) -> None:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for row in rows:
             members = {row.suffix: row.image}
             if row.texts:
                 members["txt"] = row.texts[0].encode()
-            # Keys of their own for further captions: a source names its captions by keys.
+            # A key for each caption, as the source webdataset names captions by keys.
             about = {f"caption_{k}" if k else "caption": t for k, t in enumerate(row.texts)}
             fields = {**about, "captions": row.texts, **_about(row, class_names)}
             if len(set(row.languages)) == 1:  # the source webdataset reads one for each sample
@@ -120,16 +120,16 @@ def _write_webdataset(path: pathlib.Path, rows: Iterator[Row], class_names: Any)
                 tar.addfile(info, io.BytesIO(content))
 
 
-def _write_files(path: pathlib.Path, rows: Iterator[Row], class_names: Any) -> None:
+def _write_files(path: pathlib.Path, rows: Iterator[Record], class_names: Any) -> None:
     with path.open("w", encoding="utf-8", errors="replace") as table:
         for row in rows:
-            # Not all in one folder: file systems and people get slow with a million entries.
+            # Folders of 10,000, as file systems get slow with a million entries in one.
             name = f"images/{row.index // 10_000:05d}/{row.index:08d}.{row.suffix}"
             place = path.parent / name
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(row.image)
             about = _about(row, class_names)
-            if "class" in about:  # its number depends on which classes the table has
+            if "class" in about:  # by name: the source files numbers classes itself
                 about["label"] = about.pop("class")
             fields = {"image": name, "caption": row.texts, **about}
             table.write(json.dumps(fields, ensure_ascii=False) + "\n")
@@ -143,8 +143,8 @@ WRITERS = {
 }
 
 
-def _about(row: Row, class_names: list[str] | None) -> dict[str, Any]:
-    """What JSON says of an example beside its captions."""
+def _about(row: Record, class_names: list[str] | None) -> dict[str, Any]:
+    """JSON fields of an example beside its captions."""
     about: dict[str, Any] = {"id": row.id}
     if row.languages:
         about["languages"] = row.languages

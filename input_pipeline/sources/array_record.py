@@ -33,12 +33,12 @@ from input_pipeline.sources.storage import (
 
 CACHE = "~/.cache/siglip-jax"
 
-# Each has a file and an index of about 10 bytes a record; the oldest is closed for a new one.
-MOST_OPEN = 256
+# Open readers. Each has an index of about 10 bytes a record; the least recently used is closed.
+MAX_OPEN = 256
 
-SAMPLE = 10  # records that show at the start which features there are, from all over
+CHECKED_RECORDS = 10  # whose features are compared with the settings, spread over the files
 
-PIECE = 16 << 20  # bytes of a file that is copied
+COPY_BYTES = 16 << 20  # bytes that are copied at a time
 
 TfExample: Any = tf_example.Example  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -112,24 +112,24 @@ class ArrayRecord:
             return {}
         with self._language_lock:
             if self._by_language is None:
-                found: dict[str, list[np.ndarray]] = {}
+                indices: dict[str, list[np.ndarray]] = {}
                 for part in in_threads(self._languages, range(len(self._files))):
                     for language, rows in part.items():
-                        found.setdefault(language, []).append(np.array(rows, np.int64))
-                self._by_language = {k: np.concatenate(found[k]) for k in sorted(found)}
+                        indices.setdefault(language, []).append(np.array(rows, np.int64))
+                self._by_language = {k: np.concatenate(indices[k]) for k in sorted(indices)}
             return self._by_language
 
     def _languages(self, file: int) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
+        indices: dict[str, list[int]] = {}
         for i in range(int(self._starts[file]), int(self._starts[file + 1])):
             try:
                 record = self._record(file, i - int(self._starts[file]))
                 languages = self._captions(record).get("languages", [])
             except BadExample:
-                continue  # whoever reads it is told
+                continue  # reported when it is read
             for language in set(languages) - {""}:
-                found.setdefault(language, []).append(i)
-        return found
+                indices.setdefault(language, []).append(i)
+        return indices
 
     def _size(self, file: int) -> int:
         reader = _open(self._files[file])
@@ -141,7 +141,7 @@ class ArrayRecord:
         return reader.num_records()
 
     def _reader(self, file: int) -> Any:
-        """Readers may be used by several threads at once, and close when nobody has them."""
+        """An open reader, for several threads at once; it closes when no thread holds it."""
         with self._lock:
             reader = self._readers.get(file)
             if reader is not None:
@@ -152,12 +152,12 @@ class ArrayRecord:
             raise UserError(f"{self._paths[file]} has gone, or changed since it was opened")
         with self._lock:
             self._readers[file] = reader
-            while len(self._readers) > MOST_OPEN:
+            while len(self._readers) > MAX_OPEN:
                 self._readers.popitem(last=False)
         return reader
 
     def _record(self, file: int, row: int) -> dict[str, Any]:
-        """Features by name."""
+        """The features of a record, by name."""
         reader = self._reader(file)
         try:
             data = reader.read([row])[0]
@@ -186,7 +186,7 @@ class ArrayRecord:
         return make_captions(texts, self._weights, languages)
 
     def _check_features(self) -> None:
-        """Every feature that the settings name is in some of the first records, with its type."""
+        """Refuses settings that name a feature of another type, or one that no record has."""
         wanted = {self._image: ("image", "bytes_list")}
         wanted |= dict.fromkeys(self._texts, ("text", "bytes_list"))
         if self._label:
@@ -194,7 +194,7 @@ class ArrayRecord:
         if self._language:
             wanted[self._language] = ("language", "bytes_list")
         kinds: dict[str, str | None] = {}
-        for i in np.linspace(0, len(self) - 1, SAMPLE).astype(int).tolist():
+        for i in np.linspace(0, len(self) - 1, CHECKED_RECORDS).astype(int).tolist():
             file = int(np.searchsorted(self._starts, i, "right")) - 1
             try:
                 record = self._record(file, i - int(self._starts[file]))
@@ -238,7 +238,7 @@ def _open(path: str) -> Any:
 
 
 def _features(data: bytes) -> Any:
-    """The features of a tf.train.Example. TFDS has a copy of its definition of its own."""
+    """The features of a tf.train.Example, whose definition TFDS has a copy of."""
     try:
         return TfExample.FromString(data).features.feature
     except DecodeError as error:
@@ -246,13 +246,13 @@ def _features(data: bytes) -> Any:
 
 
 def _values(record: Any, name: str, kind: str) -> Sequence[Any]:
-    """[] where there is no such feature."""
+    """The values of a feature; [] where the record does not have it."""
     if name not in record:  # looking it up would add it
         return []
     feature = record[name]
-    found = feature.WhichOneof("kind")
-    if found not in (kind, None):
-        raise BadExample("damaged record", f"{name!r} is {found}, not {kind}")
+    actual = feature.WhichOneof("kind")
+    if actual not in (kind, None):
+        raise BadExample("damaged record", f"{name!r} is {actual}, not {kind}")
     return getattr(feature, kind).value
 
 
@@ -264,7 +264,7 @@ def _strings(record: Any, name: str) -> list[str]:
 
 
 def _local(paths: Sequence[str], folder: str) -> list[str]:
-    """Local files, for URLs copies of them. The library reads no others."""
+    """Local paths: files behind URLs are copied, as the library reads local files only."""
     blobs = {path: blob for path, blob in zip(paths, in_threads(Blob, paths)) if is_url(path)}
     copies = {path: _copy_of(blob, folder) for path, blob in blobs.items()}
     missing = [path for path in blobs if not os.path.exists(copies[path])]
@@ -286,7 +286,7 @@ def _local(paths: Sequence[str], folder: str) -> list[str]:
 
 
 def _copy_of(blob: Blob, folder: str) -> str:
-    """Another file for every version of the original, as far as its storage tells."""
+    """Path of the copy; another one for each version of the file that its storage reports."""
     key = hashlib.sha256(blob.fingerprint().encode()).hexdigest()[:16]
     return os.path.join(folder, f"{key}-{os.path.basename(blob.path)}")
 
@@ -295,8 +295,8 @@ def _copy(blob: Blob, path: str) -> None:
     """Copies a file; several processes may do so at once, and each may be killed."""
     try:
         with whole_file.create(path) as file:
-            for offset in range(0, blob.size, PIECE):
-                file.write(blob.read(PIECE, offset))
+            for offset in range(0, blob.size, COPY_BYTES):
+                file.write(blob.read(COPY_BYTES, offset))
             if file.tell() != blob.size:
                 raise OSError(f"{file.tell()} bytes came instead of {blob.size}")
     except OSError as error:

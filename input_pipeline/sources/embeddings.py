@@ -33,14 +33,14 @@ SCHEMA = pa.schema(
         "index": pa.int64(),  # in the source that was embedded
         "id": pa.string(),
         "texts": pa.list_(pa.string()),
-        "languages": pa.list_(pa.string()),  # null where the source tells none; so below
+        "languages": pa.list_(pa.string()),  # null where the source has none; so below
         "weights": pa.list_(pa.float64()),
         "label": pa.int64(),
         "bad": pa.string(),  # '', or the kind of BadExample; it has no texts then
-        "text_offset": pa.int64(),  # of its first text in text-*.npy
+        "text_offset": pa.int64(),  # row of its first text in text-*.npy
     }
 )
-MOST_OPEN = 256  # shards that are mapped at a time; each has up to three files
+MAX_OPEN = 256  # shards that are mapped at a time; each has up to three files
 AGAIN = "run the same `python -m programs.embed` again"
 
 
@@ -58,7 +58,7 @@ class Shard(NamedTuple):
 
 class Embeddings:
     """Images as the embeddings of a frozen tower, with their texts; examples that were bad are
-    left out. Nothing is read but the rows that are asked for.
+    left out. Only the rows that are asked for are read.
 
     Train on it with config.input.image='embedding' and config.model.img.variant='precomputed'.
 
@@ -66,10 +66,10 @@ class Embeddings:
       path: the folder.
 
     Raises:
-      UserError: it is none of these, is not finished, or a file is missing or damaged.
+      UserError: the folder is not of embeddings, not finished, or a file is missing or damaged.
 
     Attributes:
-      manifest: what manifest.json says.
+      manifest: the content of manifest.json.
     """
 
     def __init__(self, *, path: str):
@@ -81,9 +81,10 @@ class Embeddings:
         missing = [k for k in range(count) if file_name("rows", k) not in files]
         if missing or not self.manifest["done"]:
             lack = f"shard {missing[0]} of {count} is missing, " if missing else ""
-            told = f"{lack}{len(missing)} in all" if len(missing) > 1 else lack.rstrip(", ")
-            raise UserError(f"{path} is not finished{told and f': {told}'}; {AGAIN}")
-        self._open = functools.lru_cache(MOST_OPEN)(
+            missing_part = f"{lack}{len(missing)} in all" if len(missing) > 1 else lack.rstrip(", ")
+            detail = missing_part and f": {missing_part}"
+            raise UserError(f"{path} is not finished{detail}; {AGAIN}")
+        self._open = functools.lru_cache(MAX_OPEN)(
             lambda k: open_shard(self.path, k, self.manifest)
         )
         scans = in_threads(self._scan, range(count))
@@ -117,17 +118,17 @@ class Embeddings:
     @property
     def blocks(self) -> np.ndarray | None:
         """Starts of the shards, where they are too many to be open at once (order.BlockEpochs)."""
-        return np.asarray(self._starts, np.int64) if len(self._good) > MOST_OPEN else None
+        return np.asarray(self._starts, np.int64) if len(self._good) > MAX_OPEN else None
 
     @property
     def window(self) -> int:
         """Shards whose examples are mixed: two windows are open where one ends."""
-        return MOST_OPEN // 2 - 1
+        return MAX_OPEN // 2 - 1
 
     def by_language(self) -> dict[str, np.ndarray]:
         """Language -> ascending indices of the examples that have a text in it."""
         if self._by_language is None:
-            found: dict[str, list[np.ndarray]] = {}
+            indices: dict[str, list[np.ndarray]] = {}
             for k, good in enumerate(self._good):
                 column = self._open(k).rows.column("languages").take(pa.array(good))
                 parents = pc.call_function("list_parent_indices", [column]).to_numpy()
@@ -137,8 +138,8 @@ class Embeddings:
                 codes = tags.indices.to_numpy()
                 for code, tag in enumerate(tags.dictionary.to_pylist()):
                     rows = np.unique(parents[codes == code]) + self._starts[k]
-                    found.setdefault(tag, []).append(rows)
-            self._by_language = {tag: np.concatenate(found[tag]) for tag in sorted(found)}
+                    indices.setdefault(tag, []).append(rows)
+            self._by_language = {tag: np.concatenate(indices[tag]) for tag in sorted(indices)}
         return self._by_language
 
     def arrays(self, kind: str) -> tuple["Vectors", "Ids"]:
@@ -235,10 +236,10 @@ class Ids(Sequence[str]):
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
-    """What manifest.json says.
+    """The content of manifest.json.
 
     Raises:
-      UserError: there is none, or it is none.
+      UserError: the file is missing or is not a manifest.
     """
     file = pathlib.Path(folder) / MANIFEST
     try:

@@ -1,4 +1,4 @@
-"""Sources on command lines: 'name key=value key=value', as in config.input.source."""
+"""Makes sources from words of a command line: name key=value ..., as in config.input.source."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from input_pipeline.sources.registry import SOURCES
 
 
 def make_source(words: Sequence[str]) -> Any:
-    """The source that `name key=value key=value` says.
+    """The source that the words `name key=value key=value` describe.
 
     Raises:
       UserError: there is no such source or setting, or the source refuses.
@@ -22,12 +22,12 @@ def make_source(words: Sequence[str]) -> Any:
     return SOURCES[name](**settings_of(SOURCES[name], pairs, f"source {name}"))
 
 
-def settings_of(function: Callable, pairs: Sequence[str], told: str) -> dict[str, Any]:
-    """Keyword arguments out of 'key=value' words, each of the type that its parameter wants.
+def settings_of(function: Callable, pairs: Sequence[str], name: str) -> dict[str, Any]:
+    """Keyword arguments from 'key=value' words, each of its parameter's type.
 
     Args:
       function: what will be called. One with **options takes any key.
-      told: what messages call it.
+      name: its name in messages.
 
     Raises:
       UserError: a word is no key=value, a key is unknown or lacking, or a value of another type.
@@ -39,13 +39,13 @@ def settings_of(function: Callable, pairs: Sequence[str], told: str) -> dict[str
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise UserError(f"{pair!r} is no setting of {told}; write key=value")
+            raise UserError(f"{pair!r} is no setting of {name}; write key=value")
         if key not in known and not open_ended:
-            raise UserError(f"{told} has no setting {key!r}; {nearest(key, known)}")
+            raise UserError(f"{name} has no setting {key!r}; {nearest(key, known)}")
         kind = known[key].annotation if key in known else Any
         kind = Any if kind is inspect.Parameter.empty else kind
         settings[key] = values.parse_key(value, kind, key, key)
     lacking = [k for k, p in known.items() if p.default is p.empty and k not in settings]
     if lacking:
-        raise UserError(f"{told} needs {lacking[0]}=...; it has {', '.join(known)}")
+        raise UserError(f"{name} needs {lacking[0]}=...; it has {', '.join(known)}")
     return settings

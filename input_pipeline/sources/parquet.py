@@ -28,15 +28,15 @@ from input_pipeline.sources.storage import (
     read,
 )
 
-# Of all files together, as they are stored. Further footers are read again with each row group.
-MOST_FOOTERS = 64 << 20
+# Footers of all files that are kept in memory; others are read again with each row group.
+MAX_FOOTER_BYTES = 64 << 20
 
 
 class Parquet:
     """One example for each row, in the order of the files.
 
     A row cannot be read without its row group, so decoded row groups are kept: the newest
-    2 * window of them, without the columns that nobody asked for. `blocks` are the row groups.
+    2 * window of them, with the columns of the settings only. `blocks` are the row groups.
 
     Args:
       path: a pattern of files ('data/train-*.parquet', URLs too), or several.
@@ -91,7 +91,9 @@ class Parquet:
         before = np.cumsum([0] + [sum(n for _, n in file.groups) for file in files])
         self._first_row = before[:-1]  # of each file
         kept = itertools.accumulate(file.footer.serialized_size for file in files)
-        self._footers = [file.footer if n <= MOST_FOOTERS else None for file, n in zip(files, kept)]
+        self._footers = [
+            file.footer if n <= MAX_FOOTER_BYTES else None for file, n in zip(files, kept)
+        ]
 
         self._lock = threading.Lock()
         self._decoded: OrderedDict[int, concurrent.futures.Future] = OrderedDict()
@@ -123,18 +125,18 @@ class Parquet:
             return {}
         with self._language_lock:
             if self._by_language is None:
-                found: dict[str, list[np.ndarray]] = {}
+                indices: dict[str, list[np.ndarray]] = {}
                 for block, rows in enumerate(in_threads(self._languages, range(len(self._groups)))):
                     for language, inside in rows.items():
-                        found.setdefault(language, []).append(inside + self.blocks[block])
-                self._by_language = {k: np.concatenate(found[k]) for k in sorted(found)}
+                        indices.setdefault(language, []).append(inside + self.blocks[block])
+                self._by_language = {k: np.concatenate(indices[k]) for k in sorted(indices)}
             return self._by_language
 
     def _open(self, path: str) -> "_File":
         return _File(path, self._image, self._texts, self._label, self._language)
 
     def _group(self, block: int) -> pa.Table:
-        """A decoded row group. However many threads want it, one decodes it."""
+        """A decoded row group, which one thread decodes for all that need it."""
         with self._lock:
             future = self._decoded.get(block)
             mine = future is None
@@ -148,7 +150,7 @@ class Parquet:
             names = (self._image, *self._texts, self._label, self._language)
             try:
                 future.set_result(self._decode(block, [name for name in names if name]))
-            except BaseException as error:  # not of the data, so another try may go well
+            except BaseException as error:  # not damage of the data, so a later try may succeed
                 with self._lock:
                     if self._decoded.get(block) is future:
                         del self._decoded[block]
@@ -159,7 +161,7 @@ class Parquet:
         return decoded
 
     def _decode(self, block: int, columns: list[str]) -> pa.Table | str:
-        """Columns of a row group, or what is wrong with it."""
+        """Columns of a row group, or a text that says what is wrong with it."""
         file, group = self._groups[block]
         blob, footer = self._blobs[file], self._footers[file]
         try:
@@ -167,7 +169,7 @@ class Parquet:
                 reader = pq.ParquetFile(
                     opened,
                     metadata=footer,
-                    # One request for neighbouring columns, where each takes its time.
+                    # One request for neighbouring columns, as each has the latency of a network.
                     pre_buffer=is_url(blob.path),
                     page_checksum_verification=True,
                 )
@@ -204,7 +206,7 @@ class Parquet:
         return example
 
     def _read_image(self, cell: pa.Scalar, path: str) -> bytes:
-        """Bytes of the cell, or else of the file it names."""
+        """Bytes of the cell, or of the file that it names."""
         if isinstance(cell, pa.StructScalar):
             if not cell.is_valid:
                 raise BadExample("no image", "nothing in the column")
@@ -226,12 +228,12 @@ class Parquet:
     def _place(self, image: str, path: str) -> str:
         protocols = {place.partition(":")[0] for place in (self._folder, path) if is_url(place)}
         if is_url(image) and image.partition(":")[0] not in protocols:
-            # Data must not choose whom this machine talks to.
+            # Data must not choose which hosts this machine connects to.
             raise BadExample("no image", f"its path is a URL, {image}; set `images` to allow that")
         return image if is_url(image) else join(self._folder or parent(path), image)
 
     def _check_one_image(self) -> None:
-        """A missing folder shows at once."""
+        """Refuses a missing folder of images at the start, by the first image."""
         table = self._decode(0, [self._image])
         values = [] if isinstance(table, str) else table.column(0).drop_null()[:1].to_pylist()
         for value in filter(None, values):
@@ -246,10 +248,10 @@ class Parquet:
                 )
 
     def _languages(self, block: int) -> dict[str, np.ndarray]:
-        """Rows of a row group, counted from its first."""
+        """Language -> rows of a row group, counted from its first."""
         table = self._decode(block, [self._language])
         if isinstance(table, str):
-            return {}  # its rows are damaged, as whoever reads them is told
+            return {}  # its rows are reported as damaged when they are read
         values = table.column(0).combine_chunks()
         rows = np.arange(len(values))
         if _is_list(values.type):
@@ -266,7 +268,7 @@ class Parquet:
 
 
 class _File:
-    """What the footer of a file says; UserError where it does not fit the columns asked for."""
+    """The footer of a file; UserError where it does not have the columns of the settings."""
 
     def __init__(self, path: str, image: str, texts: Sequence[str], label: str, language: str):
         self.blob = Blob(path)
@@ -310,7 +312,7 @@ def _listed(cell: pa.Scalar) -> list[str | None]:
 
 
 def _is_of_arrow(error: Exception) -> bool:
-    """Of the bytes, not of the storage: Arrow raises a bare OSError for most damage."""
+    """Whether the bytes are at fault, not the storage: Arrow raises a bare OSError for damage."""
     bare = type(error) is OSError and error.errno is None
     return isinstance(error, pa.ArrowException) or bare
 

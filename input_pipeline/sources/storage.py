@@ -1,7 +1,7 @@
-"""Files by any part of them, on local disks or behind a URL that fsspec knows.
+"""Random access to files, on local disks or behind a URL that fsspec knows.
 
 gs://, s3://, https://, memory:// and chains such as filecache::s3:// work where the package that
-fsspec wants for them is installed. Nothing is ever handed to a shell: pipe: is no protocol here.
+fsspec needs for them is installed. The protocol pipe: is refused, as it would run a program.
 """
 
 import functools
@@ -44,17 +44,17 @@ class Blob:
         try:
             if is_url(path):
                 self._fs, self._inside = _file_system(path)
-                self._info = _asked(self._fs.info, self._inside)
+                self._info = _retry(self._fs.info, self._inside)
                 if self._info.get("type") == "directory":
                     raise IsADirectoryError(path)
                 self.size = int(self._info["size"])
             else:
                 self._inside = os.path.expanduser(path)
-                with open(self._inside, "rb") as file:  # a folder, or not allowed: found here
+                with open(self._inside, "rb") as file:  # raises for a folder or without permission
                     self.size = os.fstat(file.fileno()).st_size
         except (OSError, KeyError, TypeError) as error:
-            told = getattr(error, "strerror", None) or one_line(error)
-            raise UserError(f"{path} cannot be read ({told})") from error
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise UserError(f"{path} cannot be read ({reason})") from error
 
     def read(self, size: int, offset: int = 0) -> bytes:
         """`size` bytes from `offset` on; fewer only where the file ends.
@@ -66,7 +66,7 @@ class Blob:
         if end <= offset:
             return b""
         if self._fs is not None:
-            data = bytes(_asked(self._fs.cat_file, self._inside, start=offset, end=end))
+            data = bytes(_retry(self._fs.cat_file, self._inside, start=offset, end=end))
             if len(data) != end - offset:
                 raise OSError(
                     f"{self.path} answered {len(data)} bytes where {end - offset} were asked for; "
@@ -84,13 +84,13 @@ class Blob:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def open(self) -> Any:
-        """A file object of its own, for readers that want one."""
+        """A new file object, for readers that need one."""
         if self._fs is not None:
-            return _asked(self._fs.open, self._inside, "rb")
+            return _retry(self._fs.open, self._inside, "rb")
         return open(self._inside, "rb")
 
     def fingerprint(self) -> str:
-        """Changes when the file does, as far as its storage tells."""
+        """A text that changes when the file does, as far as its storage reports that."""
         if self._fs is None:
             stat = os.stat(self._inside)
             return f"{os.path.abspath(self._inside)}|{stat.st_size}|{stat.st_mtime_ns}"
@@ -98,7 +98,7 @@ class Blob:
         return "|".join([self.path, str(self.size), *known])
 
 
-# What storages say of a file that changes with its bytes.
+# Fields of a storage's answer that change when the bytes of a file do.
 VERSIONS = ("etag", "ETag", "md5Hash", "Content-MD5", "generation", "mtime", "updated", "created")
 VERSIONS += ("LastModified", "last_modified", "Last-Modified", "blob_id", "xet_hash")
 
@@ -114,11 +114,11 @@ def read(path: str) -> bytes:
         with open(os.path.expanduser(path), "rb", opener=_open_file) as file:
             return file.read()
     fs, inside = _file_system(path)
-    return bytes(_asked(fs.cat_file, inside))
+    return bytes(_retry(fs.cat_file, inside))
 
 
 def _open_file(path: str, flags: int) -> int:
-    """A regular file: data may name a pipe, which nobody writes to, or a device without an end."""
+    """Opens regular files only: data may name a pipe that blocks, or a device without an end."""
     number = os.open(path, flags | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
@@ -126,15 +126,15 @@ def _open_file(path: str, flags: int) -> int:
     return number
 
 
-TRIES, PAUSE = 3, 0.5  # of what a storage refuses; seconds, doubled each time
+TRIES, PAUSE = 3, 0.5  # tries of a failed request; seconds between them, doubled each time
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
-def _asked(call: Callable, *args: Any, **options: Any) -> Any:
-    """The answer of a storage. A refusal may pass, as a busy server's does.
+def _retry(call: Callable, *args: Any, **options: Any) -> Any:
+    """Calls a storage, and again after an error that may pass, such as a busy server's.
 
     Raises:
-      OSError: whatever else it raises.
+      OSError: the last try failed, with whatever error of the storage.
     """
     for trial in range(TRIES):
         try:
@@ -152,7 +152,7 @@ def is_file(path: str) -> bool:
     if not is_url(path):
         return os.path.isfile(os.path.expanduser(path))
     fs, inside = _file_system(path)
-    return bool(_asked(fs.isfile, inside))
+    return bool(_retry(fs.isfile, inside))
 
 
 def parent(path: str) -> str:
@@ -165,29 +165,29 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     [ab]) in sorted order. Several patterns, in a sequence, keep their order.
 
     Raises:
-      UserError: a glob that matches nothing, a brace that is none, or no pattern at all.
+      UserError: a glob matches nothing, a brace is invalid, or there is no pattern at all.
     """
     several = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(several, list | tuple) or not all(isinstance(p, str) for p in several):
         raise UserError(f"path={patterns!r} is neither a pattern of files nor several")
-    patterns, found = several, []
-    for path in itertools.chain.from_iterable(map(_braces, patterns)):
+    paths = []
+    for path in itertools.chain.from_iterable(map(_braces, several)):
         literal = not is_url(path) and os.path.exists(os.path.expanduser(path))
         if literal or not re.search(r"[*?\[]", path) or re.match(r"https?://", path):
-            found.append(path)
+            paths.append(path)
             continue
         matches = _glob(path)
         if not matches:
             raise UserError(f"no file matches {path}")
         _check_complete(path, matches)
-        found += matches
-    if not found or not all(found):
+        paths += matches
+    if not paths or not all(paths):
         raise UserError("no files are named: set `path` to a file or a pattern of files")
-    return found
+    return paths
 
 
 def _check_complete(pattern: str, paths: list[str]) -> None:
-    """Names such as train-00003-of-00128.tar say how many there are."""
+    """Refuses an incomplete set of files named like train-00003-of-00128.tar."""
     seen: dict[tuple[str, str], set[int]] = {}
     for path in paths:
         if match := re.search(r"-(\d+)-of-(\d+)", path):
@@ -201,7 +201,7 @@ def _check_complete(pattern: str, paths: list[str]) -> None:
             )
 
 
-MOST_NAMES = 10_000_000  # of one pattern; beyond it is a slip of the pen
+MAX_BRACE_NAMES = 10_000_000  # names that one brace may expand to; more are a typing error
 
 
 def _braces(pattern: str) -> Iterator[str]:
@@ -216,7 +216,7 @@ def _braces(pattern: str) -> Iterator[str]:
     if numbers:
         low, high = map(int, numbers.groups())
         width = len(numbers[1]) if numbers[1].startswith("0") or low == 0 else 0
-        if high < low or high - low >= MOST_NAMES:
+        if high < low or high - low >= MAX_BRACE_NAMES:
             raise UserError(f"{{{inside}}} in {pattern} is no range of file numbers")
         names: Iterator[str] = (f"{i:0{width}d}" for i in range(low, high + 1))
     elif "," in inside:
@@ -235,7 +235,7 @@ def _glob(path: str) -> list[str]:
         return sorted(str(p) for p in root.glob(str(parts)) if p.is_file())
     fs, inside = _file_system(path)
     try:
-        return sorted(fs.unstrip_protocol(name) for name in _asked(fs.glob, inside))
+        return sorted(fs.unstrip_protocol(name) for name in _retry(fs.glob, inside))
     except OSError as error:
         raise UserError(f"{path} cannot be listed ({one_line(error)})") from error
 
@@ -254,7 +254,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _connect(url: str) -> tuple[Any, str]:
-    # Here alone, so that a shard's file system is made once.
+    # Cached, so that the file system of many shards is made once.
     return fsspec.core.url_to_fs(url)
 
 
@@ -262,7 +262,7 @@ _index_folder = "~/.cache/siglip-jax/index"
 
 
 def keep_indexes_in(folder: str) -> None:
-    """Where the sources of this process keep what they found out about their files."""
+    """Sets the folder in which sources of this process keep the indexes of their files."""
     global _index_folder
     if not folder or is_url(folder):
         raise UserError(f"indexes are kept in a local folder, which {folder!r} is not")
@@ -270,10 +270,10 @@ def keep_indexes_in(folder: str) -> None:
 
 
 def index_folder() -> pathlib.Path:
-    """The folder of keep_indexes_in; made for this user alone where there is none.
+    """The folder of keep_indexes_in, created with access for this user only.
 
     Raises:
-      UserError: it cannot be made or written to.
+      UserError: it cannot be created or written to.
     """
     folder = pathlib.Path(_index_folder).expanduser()
     try:

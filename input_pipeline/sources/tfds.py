@@ -66,7 +66,7 @@ class Tfds:
         decoders: Any = tfds.decode.SkipDecoding()
         for key in reversed(self._image):
             decoders = {key: decoders}
-        for key, feature in self._features.items():  # of other images nobody wants the pixels
+        for key, feature in self._features.items():  # other images are never used
             if isinstance(feature, tfds.features.Image):
                 decoders = {**decoders, key: tfds.decode.SkipDecoding()}
         allow_open_files()
@@ -85,8 +85,8 @@ class Tfds:
         try:
             texts = _strings(_at(record, self._text)) if self._text else []
         except UnicodeDecodeError as error:
-            told = one_line(error)
-            raise BadExample("caption not UTF-8", told, id=name, shard=self._folder) from error
+            detail = one_line(error)
+            raise BadExample("caption not UTF-8", detail, id=name, shard=self._folder) from error
         image = bytes(_at(record, self._image))
         example: Example = {"image": image, "texts": texts, "id": name}
         if self._label:
@@ -102,24 +102,27 @@ class Tfds:
                 raise ValueError("no record")
             return record
         except Exception as error:  # TFDS and protobuf raise whatever damage leads them to
-            told = one_line(error)
+            detail = one_line(error)
             raise BadExample(
-                "damaged record", told, id=f"{self._name}[{i}]", shard=self._folder
+                "damaged record", detail, id=f"{self._name}[{i}]", shard=self._folder
             ) from error
 
     def _find(self, option: str, path: str) -> tuple[tuple[str, ...], Any]:
         """Keys that lead to a feature, and the feature."""
-        found = _walk(self._features, path)
-        if found is None:
+        feature = _walk(self._features, path)
+        if feature is None:
             raise UserError(
                 f"tfds: {self._name} has no feature {option}={path!r}; "
                 f"{nearest(path, _leaves(self._features))}"
             )
-        return found
+        return feature
 
 
 def _walk(feature: Any, path: str) -> tuple[tuple[str, ...], Any] | None:
-    """A key may have slashes itself, as image/filename of coco_captions."""
+    """Keys that lead to the feature at a path, and the feature; None: there is none.
+
+    A key may have slashes itself, as image/filename of coco_captions.
+    """
     if not path:
         return (), feature
     inside = _inside(feature)
@@ -127,16 +130,16 @@ def _walk(feature: Any, path: str) -> tuple[tuple[str, ...], Any] | None:
         return None
     for key in inside:
         if f"{path}/".startswith(f"{key}/"):
-            found = _walk(inside[key], path[len(key) + 1 :])
-            if found:
+            rest = _walk(inside[key], path[len(key) + 1 :])
+            if rest:
                 listed = inside is not feature  # a list of records: each has one
-                leaf = tfds.features.Sequence(found[1]) if listed else found[1]
-                return (key, *found[0]), leaf
+                leaf = tfds.features.Sequence(rest[1]) if listed else rest[1]
+                return (key, *rest[0]), leaf
     return None
 
 
 def allow_open_files() -> None:
-    """As many as the system lets this process have: array_record keeps each shard open."""
+    """Raises the limit of open files to the system's: array_record keeps each shard open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -146,13 +149,13 @@ _DEFAULT = "~/tensorflow_datasets"
 
 
 def _builder(dataset: str, folder: str) -> Any:
-    """Reads what was prepared; never imports the code that prepared it, never downloads."""
+    """Opens a prepared data set; never imports the code that prepared it, never downloads."""
     try:
         builder = read_only_builder.builder_from_files(dataset, data_dir=folder)
     except (tfds.core.DatasetNotFoundError, ValueError, OSError, ImportError) as error:
         root = pathlib.Path(folder)
-        found = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
-        near = f"; {nearest(dataset, found)}" if found else ""
+        prepared = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
+        near = f"; {nearest(dataset, prepared)}" if prepared else ""
         raise UserError(
             f"tfds: {dataset} is not prepared in {folder}{near}; "
             f"prepare it once: {_how_to_prepare(dataset, folder)}"
@@ -176,7 +179,7 @@ def _how_to_prepare(dataset: str, folder: str) -> str:
 
 
 def _inside(feature: Any) -> Any:
-    """What a list is a list of."""
+    """The feature inside lists of lists of it."""
     while isinstance(feature, tfds.features.Sequence | tfds.features.Dataset):
         feature = feature.feature
     return feature

@@ -1,7 +1,7 @@
 """Zip files read from many threads at once.
 
-zipfile shares one file position and an unguarded reference count between threads. Here only the
-directory is read by it; members are read at their place in the file, without any shared state.
+zipfile shares one file position and an unguarded reference count between threads. So it reads only
+the directory here; members are read by their offset in the file, without any shared state.
 """
 
 import os
@@ -35,7 +35,7 @@ class Zip:
                     f"{self.path}: member {info.filename} is encrypted or compressed by a method "
                     "other than 'stored' or 'deflated'; pack it again with `zip -0`"
                 )
-        # Only what reading needs, as tuples: an archive may have millions of members.
+        # Tuples of only what reading needs, as an archive may have millions of members.
         self._members = {
             i.filename: (i.header_offset, i.compress_size, i.file_size, i.compress_type, i.CRC)
             for i in infos
@@ -51,14 +51,6 @@ class Zip:
     def names(self) -> list[str]:
         return list(self._members)
 
-    def read_or_nothing(self, name: str) -> bytes:
-        """As `read`, but b'' for damaged bytes: a bad image, which training counts and evaluation
-        refuses."""
-        try:
-            return self.read(name)
-        except zipfile.BadZipFile:
-            return b""
-
     def read(self, name: str) -> bytes:
         """The bytes of a member.
 
@@ -70,7 +62,7 @@ class Zip:
         header = self._read_at(30, offset)
         if header[:4] != b"PK\3\4":
             raise zipfile.BadZipFile(f"{self.path}/{name}: no header")
-        # The header's own lengths: its extra field may differ from the directory's.
+        # The header has lengths of its own: its extra field may differ from the directory's.
         start = offset + 30 + sum(struct.unpack_from("<HH", header, 26))
         data = self._read_at(packed_size, start)
         if method == zipfile.ZIP_DEFLATED:

@@ -148,7 +148,7 @@ def test_shards_that_are_lost_are_made_again(tmp_path, capsys):
 
 
 def test_a_file_that_cannot_be_written_is_told(tmp_path):
-    rows = iter([writers.Row(0, b"i", "png", ["a"], [], None, "a", False)])
+    rows = iter([writers.Record(0, b"i", "png", ["a"], [], None, "a", False)])
     with pytest.raises(OSError, match="no folder"):
         writers.WRITERS["array_record"](tmp_path / "no folder" / "x", rows, None)
 

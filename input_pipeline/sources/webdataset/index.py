@@ -1,4 +1,4 @@
-"""The index of a tar shard: where the members of each sample lie, in a .npy file of its own."""
+"""The index of a tar shard: offsets of the members of each sample, kept in a .npy file."""
 
 import array
 import collections
@@ -18,12 +18,12 @@ from base.errors import UserError
 from base.words import one_line
 from input_pipeline.errors import BadExample
 from input_pipeline.sources import storage
-from input_pipeline.sources.webdataset.sample import MOST_JSON, Field, Fields
+from input_pipeline.sources.webdataset.sample import MAX_JSON_BYTES, Field, Fields
 from input_pipeline.sources.webdataset.tar_headers import (
     BLOCK,
     COMPRESSED,
     FOLDER,
-    MOST_PADDING,
+    MAX_PADDING_BYTES,
     REGULAR,
     BrokenTar,
     Extent,
@@ -36,7 +36,7 @@ from input_pipeline.sources.webdataset.tar_headers import (
 
 
 class Layout(NamedTuple):
-    """What the index of a shard depends on, beside the shard."""
+    """The settings of a source that decide which members its index holds."""
 
     images: tuple[bytes, ...]
     texts: tuple[bytes, ...]  # all members but the image that are read
@@ -53,29 +53,29 @@ class Layout(NamedTuple):
 
 
 FORMAT = 1  # of the files below; a new number leaves the old files unused
-# int64: samples, columns, words of the summary | summary: JSON, padded | rows: the _Extents of the
-# image and of Layout.texts, then with a language its place in the summary's list.
+# int64: samples, columns, words of the summary | summary: JSON, padded | rows: the Extents of the
+# image and of Layout.texts, then, if languages are read, the position in the summary's list.
 HEAD = 3
 
 
 class Summary(NamedTuple):
     samples: int
-    begins: int  # of the rows in the file, in bytes
+    begins: int  # byte offset of the rows in the file
     damage: dict[str, int]
-    broken: str  # why the walk ended early; '' where it did not
-    suffixes: list[str]  # some that were seen, for error messages
+    broken: str  # why the walk ended early; '': it did not
+    suffixes: list[str]  # up to 20 suffixes of members, for error messages
     languages: list[str]
 
 
 class _Samples:
-    """Members in, rows out."""
+    """Groups the members of a walk into samples, and makes a row of the index of each."""
 
     def __init__(self, layout: Layout, read: Read):
         self._layout, self._read = layout, read
         self._wanted = {*layout.images, *layout.texts}
         self._key: bytes | None = None
-        self._found: dict[bytes, Extent] = {}
-        self._counted = False  # something of this sample is in `damage` already
+        self._extents: dict[bytes, Extent] = {}
+        self._counted = False  # this sample is counted in `damage` already
         self.rows = array.array("q")
         self.damage = collections.Counter[str]()
         self.suffixes: set[bytes] = set()
@@ -83,7 +83,7 @@ class _Samples:
 
     def add(self, member: Member) -> None:
         name, kind, extent = member
-        # Names are keys here and never paths; but who writes such names means no good.
+        # Names only serve as keys and are never opened, but such a name is a sign of an attack.
         hostile = not name or name.startswith(b"/") or b"\0" in name or b".." in name.split(b"/")
         if hostile:
             self.damage["damaged record"] += 1
@@ -98,39 +98,39 @@ class _Samples:
             self.damage["damaged record"] += 1
             self._counted = self._counted or bool(suffix)
         elif suffix in self._wanted:
-            self._found.setdefault(suffix, extent)
+            self._extents.setdefault(suffix, extent)
         if suffix and len(self.suffixes) < 20:
             self.suffixes.add(suffix[:20])
 
     def tear(self, member: Member | None) -> None:
-        """The file is broken inside this member, or before a header (None)."""
-        torn_here = member is not None and _split(member.name)[0] == self._key
-        if torn_here:
-            self._found.clear()
-        self._counted = self._counted or torn_here or member is None
+        """Counts the sample that is cut off inside this member, or at a header (None)."""
+        is_torn = member is not None and _split(member.name)[0] == self._key
+        if is_torn:
+            self._extents.clear()
+        self._counted = self._counted or is_torn or member is None
         self.finish()
         self.damage["damaged record"] += 1
 
     def finish(self) -> None:
-        layout, found = self._layout, self._found
-        images = [found[s] for s in layout.images if s in found and found[s].size]
-        if images and (not layout.captions or any(s in found for s in layout.captions)):
-            for extent in (images[0], *(found.get(s, _MISSING) for s in layout.texts)):
+        layout, extents = self._layout, self._extents
+        images = [extents[s] for s in layout.images if s in extents and extents[s].size]
+        if images and (not layout.captions or any(s in extents for s in layout.captions)):
+            for extent in (images[0], *(extents.get(s, _MISSING) for s in layout.texts)):
                 self.rows.extend(extent)
             if layout.language:
-                language = self._language(found.get(b"json", _MISSING))
+                language = self._language(extents.get(b"json", _MISSING))
                 self.rows.append(self.languages.setdefault(language, len(self.languages)))
         elif self._key is not None and not self._counted:
             self.damage["no caption" if images else "no image"] += 1
-        self._key, self._found, self._counted = None, {}, False
+        self._key, self._extents, self._counted = None, {}, False
 
     def _language(self, extent: Extent) -> str:
-        if extent.start < 0 or extent.size > MOST_JSON:
+        if extent.start < 0 or extent.size > MAX_JSON_BYTES:
             return ""
         try:
             fields = Fields({b"json": self._read(extent.data, extent.size)})
             language = next(iter(fields.texts(Field(b"json", self._layout.language))), "")
-        except BadExample:  # said again when the sample is read
+        except BadExample:  # reported when the sample is read
             return ""
         return language if len(language) <= 64 else ""
 
@@ -139,14 +139,14 @@ _MISSING = Extent(-1, 0, 0, 0)
 
 
 def _split(name: bytes) -> tuple[bytes, bytes]:
-    """'dir/a.seg.png' -> 'dir/a', 'seg.png'. No suffix: it is no member of a sample."""
+    """Splits 'dir/a.seg.png' into 'dir/a' and 'seg.png'; a member of a sample has a suffix."""
     slash = name.rfind(b"/") + 1
     dot = name.find(b".", slash)
     return (name[:dot], name[dot + 1 :].lower()) if dot > slash else (name, b"")
 
 
 def walk(blob: storage.Blob, layout: Layout) -> np.ndarray:
-    """The index of a shard."""
+    """Walks the headers of a shard; returns its index as int64 words (see FORMAT)."""
     read = Reader(blob)
     if read(0, BLOCK).startswith(COMPRESSED):
         raise UserError(
@@ -162,7 +162,7 @@ def walk(blob: storage.Blob, layout: Layout) -> np.ndarray:
             samples.tear(None)
             break
         if member is None:
-            if blob.size - at > MOST_PADDING or any(read(at, blob.size - at)):
+            if blob.size - at > MAX_PADDING_BYTES or any(read(at, blob.size - at)):
                 broken = f"has zeros in place of a header, at byte {at}, and goes on behind them"
                 samples.tear(None)
             break
@@ -212,7 +212,7 @@ def open_index(file: str, columns: int) -> tuple[np.ndarray, Summary]:
 
 
 def bytes_at(file: str, begin: int, size: int) -> bytes:
-    """Fewer where the file ends, or is not there."""
+    """Reads `size` bytes of a file; fewer where it ends, none where it is missing."""
     try:
         with open(file, "rb", buffering=0) as opened:
             return os.pread(opened.fileno(), size, begin)
@@ -237,8 +237,8 @@ Shard = tuple[storage.Blob, str, Summary]
 
 
 def index_file(blob: storage.Blob, layout: Layout, folder: str) -> str:
-    asked = repr((FORMAT, blob.fingerprint(), *layout))
-    return os.path.join(folder, hashlib.sha256(asked.encode()).hexdigest()[:40] + ".npy")
+    key = repr((FORMAT, blob.fingerprint(), *layout))
+    return os.path.join(folder, hashlib.sha256(key.encode()).hexdigest()[:40] + ".npy")
 
 
 def _open_shard(path: str, layout: Layout, folder: str) -> Shard:
@@ -255,8 +255,10 @@ def _open_shard(path: str, layout: Layout, folder: str) -> Shard:
 
 
 def open_all(paths: list[str], layout: Layout) -> list[Shard]:
-    """In the order of `paths`. Each process begins in an order of its own, so that those that
-    share the folder find most of each other's work done."""
+    """Opens shards, and indexes those that have no index yet; in the order of `paths`.
+
+    Each process works in a random order, so that processes that share the folder share the work.
+    """
     folder = str(storage.index_folder())
     pool = concurrent.futures.ThreadPoolExecutor(max(4, os.cpu_count() or 1))
     try:
@@ -268,11 +270,11 @@ def open_all(paths: list[str], layout: Layout) -> list[Shard]:
         pool.shutdown(cancel_futures=True)
 
 
-QUIET = 3.0  # seconds before there is a word of progress
+QUIET = 3.0  # seconds before the first line of progress
 
 
 def _wait(waiting: set[concurrent.futures.Future]) -> None:
-    """Returns when all have ended, and raises what the first that failed raises."""
+    """Waits for all tasks and prints progress; raises the first error at once."""
     begun, total, written = time.monotonic(), len(waiting), 0.0
     live = sys.stderr.isatty()
     while waiting:

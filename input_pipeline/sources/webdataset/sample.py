@@ -1,4 +1,4 @@
-"""One sample of a tar shard: its members as bytes, and what stands in them."""
+"""One sample of a tar shard: the bytes of its members, and the captions and numbers in them."""
 
 import json
 import re
@@ -10,17 +10,17 @@ from input_pipeline.sources import storage
 from input_pipeline.sources.contract import Example
 from input_pipeline.sources.webdataset.tar_headers import (
     BLOCK,
-    MOST_EXTENDED,
+    MAX_EXTENDED_BYTES,
     BrokenTar,
     Extent,
     header_of,
     member_at,
 )
 
-MOST_IMAGE = 512 << 20  # bytes
-MOST_TEXT = 64 << 10  # of a caption
-MOST_JSON = 1 << 20  # holds EXIF and whatever else was known of an image
-GAP = 64 << 10  # beside the image, what one read of a sample may fetch without need
+MAX_IMAGE_BYTES = 512 << 20  # bytes
+MAX_TEXT_BYTES = 64 << 10  # bytes of a caption
+MAX_JSON_BYTES = 1 << 20  # JSON may hold EXIF and other metadata of the image
+GAP = 64 << 10  # bytes beside the image that one read of a sample may fetch needlessly
 
 
 class Field(NamedTuple):
@@ -36,19 +36,21 @@ class Field(NamedTuple):
 def read_sample(
     blob: storage.Blob, members: list[Extent], example: Example, base: str
 ) -> tuple[str, bytes, list[bytes | None]]:
-    """The image's name and bytes, and the bytes of the other members. Names the example as soon
-    as its name is known."""
+    """The image's name and bytes, and the bytes of the other members.
+
+    Sets example["id"] as soon as the name is known, for the messages of later errors.
+    """
     image = members[0]
     present = [member for member in members if member.start >= 0]
     if image not in present:
         raise BadExample("damaged record", "its index is damaged")
     try:
         for member, most, kind in [
-            (image, MOST_IMAGE, "image too large"),
-            *((member, MOST_JSON, "damaged record") for member in members[1:]),
+            (image, MAX_IMAGE_BYTES, "image too large"),
+            *((member, MAX_JSON_BYTES, "damaged record") for member in members[1:]),
         ]:
             if member.size > most:
-                headers = blob.read(min(image.data - image.start, MOST_EXTENDED), image.start)
+                headers = blob.read(min(image.data - image.start, MAX_EXTENDED_BYTES), image.start)
                 example["id"] = f"{base}/{_name(headers)}"
                 raise BadExample(kind, f"a member of {member.size} bytes, more than {most}")
         low = min(member.start for member in present)
@@ -74,7 +76,7 @@ def read_sample(
 
 
 def _name(headers: bytes) -> str:
-    """Of the member whose headers these are; for people, so nothing that moves their cursor."""
+    """Name of the member with these headers, without characters that a terminal cannot print."""
     try:
         member = member_at(lambda start, size: headers[start : start + size], 0, {})
     except BrokenTar:
@@ -98,7 +100,7 @@ def _content(span: bytes, low: int, member: Extent) -> bytes:
 
 
 class Fields:
-    """What stands in the members of one sample."""
+    """Captions and numbers in the members of one sample."""
 
     def __init__(self, contents: dict[bytes, bytes | None]):
         self._contents = contents
@@ -117,7 +119,7 @@ class Fields:
         return self._json
 
     def value(self, key: str) -> Any:
-        """Of a key, which 'a.b' may lead to through an object; None where there is none."""
+        """The value of a JSON key, 'a.b' for one inside an object; None where it is missing."""
         fields: Any = self.json()
         if key in fields:
             return fields[key]
@@ -126,8 +128,10 @@ class Fields:
         return fields
 
     def texts(self, field: Field) -> list[str]:
-        """One, or several out of a list. [] where the sample has none; null and NaN, which tables
-        become where a cell is empty, say so too."""
+        """The texts of a field: one, or those of a list; [] where the sample has none.
+
+        null and NaN count as none: tables with empty cells are converted to them.
+        """
         if not field.key:
             content = self._contents[field.suffix]
             _check_size(field, content or b"")
@@ -157,8 +161,10 @@ class Fields:
 
 
 def _check_size(field: Field, text: str | bytes) -> None:
-    if len(text) > MOST_TEXT:
-        raise BadExample("damaged record", f"{field} has {len(text)} bytes, more than {MOST_TEXT}")
+    if len(text) > MAX_TEXT_BYTES:
+        raise BadExample(
+            "damaged record", f"{field} has {len(text)} bytes, more than {MAX_TEXT_BYTES}"
+        )
 
 
 def _decoded(content: bytes) -> str:

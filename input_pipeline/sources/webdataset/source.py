@@ -2,7 +2,7 @@
 
 Members of one sample stand together and share their name up to the first dot of its last part:
 000123.jpg, 000123.txt, 000123.json. The headers of each shard are walked once; where the members
-lie is kept in a .npy file (storage.index_folder), so that later starts read no shard at all.
+lie is kept in a .npy file (storage.index_folder), so that later starts read no headers.
 """
 
 import collections
@@ -31,14 +31,14 @@ from input_pipeline.sources.webdataset.index import (
     open_all,
     open_index,
 )
-from input_pipeline.sources.webdataset.sample import MOST_JSON, Field, Fields, read_sample
+from input_pipeline.sources.webdataset.sample import MAX_JSON_BYTES, Field, Fields, read_sample
 from input_pipeline.sources.webdataset.tar_headers import Extent
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "avif", "tif", "tiff")
-# Never read, whatever a config names: they are there to be run, or are no text.
+# Suffixes that are never read as text, whatever a config names: some run code when they are read.
 NOT_TEXT = {*IMAGES, "pkl", "pickle", "pyd", "npy", "npz", "pt", "pth", "ten", "tar", "zip"}
 
-LOOKED_AT = 10  # samples that are searched for the keys of the config
+CHECKED_SAMPLES = 10  # samples in which the JSON keys of the config are looked up at the start
 WARNINGS = 10
 
 
@@ -78,7 +78,7 @@ class WebDataset:
         self._captions = _captions(captions)
         self._label = _field("label", label) if label else None
         self._language = _field("language", language) if language else None
-        self._again = threading.Lock()
+        self._rebuild_lock = threading.Lock()
         if self._language and not self._language.key:
             raise UserError(f"webdataset: language={language!r} is no 'json.KEY'")
         self._layout = _layout(image, self._captions, self._label, self._language)
@@ -135,24 +135,24 @@ class WebDataset:
         return example
 
     def by_language(self) -> dict[str, np.ndarray]:
-        """Language -> ascending indices, int64. Samples that name none are in none of them."""
+        """Language -> ascending indices, int64, of the samples that name it."""
         if not self._language:
             return {}
-        found: dict[str, list[np.ndarray]] = {}
+        indices: dict[str, list[np.ndarray]] = {}
         for shard, start in enumerate(self._starts[:-1]):
             try:
                 rows, _ = open_index(self._files[shard], self._layout.columns)
             except (OSError, ValueError):
-                self._make_again(shard)
+                self._rebuild(shard)
                 rows, _ = open_index(self._files[shard], self._layout.columns)
             for code, language in enumerate(self._languages[shard]):
                 if language:
-                    here = np.flatnonzero(rows[:, -1] == code) + start
-                    found.setdefault(language, []).append(here)
-        return {language: np.concatenate(found[language]) for language in sorted(found)}
+                    matches = np.flatnonzero(rows[:, -1] == code) + start
+                    indices.setdefault(language, []).append(matches)
+        return {language: np.concatenate(indices[language]) for language in sorted(indices)}
 
     def _place(self, i: int) -> tuple[storage.Blob, int, list["Extent"], str]:
-        """Shard, place in it, where the members lie, language."""
+        """(shard, position in it, extents of the members, language) of sample i."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         # The last that starts at i or before: those with the same start before it are empty.
@@ -171,22 +171,22 @@ class WebDataset:
         begin = self._begins[shard] + place * size
         row = bytes_at(self._files[shard], begin, size)
         if len(row) < size:
-            self._make_again(shard)
+            self._rebuild(shard)
             row = bytes_at(self._files[shard], begin, size)
             if len(row) < size:
                 path = self._blobs[shard].path
                 raise BadExample("damaged record", "its index is damaged", shard=path)
         return np.frombuffer(row, np.int64).tolist()
 
-    def _make_again(self, shard: int) -> None:
-        """Someone cleared the folder."""
-        with self._again:  # one thread walks the shard, the others find it done
+    def _rebuild(self, shard: int) -> None:
+        """Makes the index of a shard again after its file was deleted or truncated."""
+        with self._rebuild_lock:  # one thread walks the shard, the others wait for it
             try:
                 open_index(self._files[shard], self._layout.columns)
             except (OSError, ValueError):
-                self._make(shard)
+                self._build(shard)
 
-    def _make(self, shard: int) -> None:
+    def _build(self, shard: int) -> None:
         blob, file = self._blobs[shard], self._files[shard]
         try:
             same = index_file(blob, self._layout, os.path.dirname(file)) == file
@@ -223,33 +223,35 @@ class WebDataset:
             logging.warning("webdataset: and %d more shards like these", len(lines) - WARNINGS)
 
     def _check_keys(self) -> None:
-        """A misspelt key shows at once, not as a run without captions."""
+        """Refuses a misspelt JSON key at the start, before a run without captions."""
         wanted = [f for f, _ in self._captions] + [f for f in (self._label, self._language) if f]
         keys = {f.key for f in wanted if f.key}
         if not keys:
             return
-        found = set()
+        known = set()
         at = 1 + self._layout.texts.index(b"json")
-        for i in sorted(set(np.linspace(0, len(self) - 1, LOOKED_AT, dtype=np.int64).tolist())):
+        for i in sorted(
+            set(np.linspace(0, len(self) - 1, CHECKED_SAMPLES, dtype=np.int64).tolist())
+        ):
             blob, _, members, _ = self._place(i)
-            if members[at].start < 0 or members[at].size > MOST_JSON:
+            if members[at].start < 0 or members[at].size > MAX_JSON_BYTES:
                 continue
             with contextlib.suppress(OSError, BadExample):
                 content = blob.read(members[at].size, members[at].data)
                 fields = Fields({b"json": content})
-                found |= fields.json().keys() | {
+                known |= fields.json().keys() | {
                     key for key in keys if fields.value(key) is not None
                 }
-        if not found:
+        if not known:
             return
         for field in wanted:
-            if not field.key or field.key in found:
+            if not field.key or field.key in known:
                 continue
             line = (
-                f"webdataset: no JSON among {LOOKED_AT} samples of {self._blobs[0].path} ... has a "
-                f"key {field.key!r}; {nearest(field.key, found)}"
+                f"webdataset: no JSON among {CHECKED_SAMPLES} samples of {self._blobs[0].path} ... "
+                f"has a key {field.key!r}; {nearest(field.key, known)}"
             )
-            others = [f for f, _ in self._captions if not f.key or f.key in found]
+            others = [f for f, _ in self._captions if not f.key or f.key in known]
             if field in (self._label, self._language) or not others:
                 raise UserError(line)
             logging.warning("%s", line)  # a caption that few have, beside others
@@ -269,7 +271,7 @@ def _field(setting: str, name: Any) -> Field:
 
 
 def _captions(captions: Any) -> list[tuple[Field, float]]:
-    found = []
+    fields = []
     for pair in captions if isinstance(captions, list | tuple) else [captions]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise UserError(
@@ -280,8 +282,8 @@ def _captions(captions: Any) -> list[tuple[Field, float]]:
             raise UserError(
                 f"webdataset: captions: {name!r} has no probability above 0: {weight!r}"
             )
-        found.append((_field("captions", name), float(weight)))
-    return found
+        fields.append((_field("captions", name), float(weight)))
+    return fields
 
 
 def _layout(

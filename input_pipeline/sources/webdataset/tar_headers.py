@@ -1,4 +1,4 @@
-"""The headers of a tar file: which member lies where.
+"""Reads the headers of a tar file: names and offsets of its members.
 
 Not tarfile: it follows links, has no random access, and needs 30 us for a header. Nothing here
 opens, writes or names a file.
@@ -10,30 +10,30 @@ from typing import NamedTuple
 
 from input_pipeline.sources import storage
 
-MOST_EXTENDED = 1 << 20  # of a name, or of the fields of a pax header
+MAX_EXTENDED_BYTES = 1 << 20  # bytes of a name, or of the fields of a pax header
 BLOCK = 512
 REGULAR = (b"0", b"\0", b"7")
 FOLDER = b"5"
-WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, fifos
+KINDS_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, FIFOs
 SPARSE = b"GNU.sparse"  # a file with holes, which are not among its bytes
-# Zeros for more than any writer's last block: a file that was allocated and never filled.
-MOST_PADDING = 1 << 20
+# Writers end a file with fewer zeros than this. More mean that it was allocated, never filled.
+MAX_PADDING_BYTES = 1 << 20
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 
 Read = Callable[[int, int], bytes]  # (start, size); less only where the file ends
 
 
 class Extent(NamedTuple):
-    """Where a member lies. start: its first header; -1: the sample has no such member."""
+    """Place of a member. start: its first header; -1: the sample has no such member."""
 
     start: int
     data: int
     size: int
-    checksum: int  # of the header before the data: shows that this is still the same file
+    checksum: int  # of the header before the data; tells whether the file is still the same
 
 
 class BrokenTar(Exception):
-    """From here on it is no tar file; str() says why and where."""
+    """Raised where a file stops being a valid tar file; the message says why and where."""
 
 
 class Header(NamedTuple):
@@ -50,7 +50,11 @@ class Member(NamedTuple):
 
 
 def header_of(block: bytes) -> Header | None:
-    """None: zeros, which close a tar file. Raises BrokenTar for all else that is no header."""
+    """Parses a header; None for zeros, which end a tar file.
+
+    Raises:
+      BrokenTar: it is neither.
+    """
     filled = block.translate(None, b"\0")  # most of a header is zeros: 3 times as fast
     if len(block) != BLOCK:
         raise BrokenTar("ends without the zeros that close a tar file")
@@ -97,7 +101,7 @@ def member_at(read: Read, start: int, shared: dict[bytes, bytes]) -> Member | No
                 return None
             if header.kind not in (b"L", b"K", b"x", b"X", b"g"):
                 break
-            if header.size > MOST_EXTENDED:
+            if header.size > MAX_EXTENDED_BYTES:
                 raise BrokenTar(f"has a name or pax header of {header.size} bytes")
             content = read(at + BLOCK, header.size)
             if len(content) < header.size:
@@ -119,7 +123,7 @@ def member_at(read: Read, start: int, shared: dict[bytes, bytes]) -> Member | No
         if not re.fullmatch(rb"\d{1,18}", fields[b"size"]):
             raise BrokenTar(f"has a pax header without a valid size, at byte {start}")
         size = int(fields[b"size"])
-    if kind in WITHOUT_DATA:
+    if kind in KINDS_WITHOUT_DATA:
         size = 0
     if SPARSE in fields:
         kind = b"S"
@@ -128,7 +132,7 @@ def member_at(read: Read, start: int, shared: dict[bytes, bytes]) -> Member | No
 
 
 def _pax(content: bytes) -> dict[bytes, bytes]:
-    """What matters here of the records 'length key=value\\n'; the length counts all of a record."""
+    """Path, size and sparseness from records 'length key=value\\n'; the length counts all of it."""
     fields: dict[bytes, bytes] = {}
     at = 0
     while at < len(content) and content[at]:
@@ -151,25 +155,27 @@ def padded(size: int) -> int:
 
 
 class Reader:
-    """A file in the order of a walk. Where members are small, many come out of one read; where
-    they are large, hardly more than their headers is read."""
+    """Reads a file in ascending order through a buffer that adapts to the size of members.
 
-    LEAST, MOST = 4 << 10, 1 << 20
-    REMOTE = 4 << 20  # the way there and back costs as much as this
+    Many small members come out of one read; of large ones little more than the headers is read.
+    """
+
+    MIN_CHUNK, MAX_CHUNK = 4 << 10, 1 << 20
+    REMOTE_CHUNK = 4 << 20  # takes about as long to transfer as the latency of one request
 
     def __init__(self, blob: storage.Blob):
         self._blob, self._begin, self._data, self._used = blob, 0, b"", 0
         self._remote = storage.is_url(blob.path)
-        self._chunk = self.LEAST
+        self._chunk = self.MIN_CHUNK
 
     def __call__(self, start: int, size: int) -> bytes:
         at = start - self._begin
         self._used += 1
         if at < 0 or at + size > len(self._data):
-            # Worth more at a time where there was a header in every 2 KiB.
+            # A larger chunk pays where there was a header in every 2 KiB.
             dense = self._used * (2 << 10) >= self._chunk
-            self._chunk = min(2 * self._chunk, self.MOST) if dense else self.LEAST
-            chunk = self.REMOTE if self._remote else self._chunk
+            self._chunk = min(2 * self._chunk, self.MAX_CHUNK) if dense else self.MIN_CHUNK
+            chunk = self.REMOTE_CHUNK if self._remote else self._chunk
             self._data = self._blob.read(max(size, chunk), start)
             self._begin, at, self._used = start, 0, 0
         return self._data[at : at + size]

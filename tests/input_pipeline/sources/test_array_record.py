@@ -140,7 +140,7 @@ def test_class_names_stand_beside_the_files(tmp_path):
 
 @pytest.mark.parametrize("open_at_once", [256, 1])
 def test_many_threads_read_what_one_reads(tmp_path, monkeypatch, open_at_once):
-    monkeypatch.setattr(array_record, "MOST_OPEN", open_at_once)
+    monkeypatch.setattr(array_record, "MAX_OPEN", open_at_once)
     paths = tuple(write(tmp_path / f"{k}", records(50 * k, 50 * k + 50)) for k in range(3))
     source = ArrayRecord(path=paths)
     order = np.random.default_rng(0).integers(0, 150, 1500).tolist()
@@ -151,7 +151,7 @@ def test_many_threads_read_what_one_reads(tmp_path, monkeypatch, open_at_once):
 
 
 def test_files_at_urls_are_copied_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(array_record, "PIECE", 1000)
+    monkeypatch.setattr(array_record, "COPY_BYTES", 1000)
     memory = fsspec.filesystem("memory")
     for k in range(2):
         local = write(tmp_path / f"{k}", records(10 * k, 10 * k + 10))

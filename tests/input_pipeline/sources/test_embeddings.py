@@ -118,7 +118,7 @@ def test_images_stay_in_their_files(tmp_path):
 
 def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
     examples = good(write(tmp_path))
-    monkeypatch.setattr(embeddings, "MOST_OPEN", 1)
+    monkeypatch.setattr(embeddings, "MAX_OPEN", 1)
     source = Embeddings(path=str(tmp_path))
     for i in (0, 16, 1, 15, 2):
         assert source[i]["id"] == examples[i]["id"]
@@ -277,7 +277,7 @@ def test_more_shards_than_can_be_open_are_read_in_blocks(tmp_path, monkeypatch):
     """A permutation of everything would open a file for almost every row."""
     write(tmp_path)
     assert Embeddings(path=str(tmp_path)).blocks is None
-    monkeypatch.setattr(embeddings, "MOST_OPEN", 2)
+    monkeypatch.setattr(embeddings, "MAX_OPEN", 2)
     monkeypatch.setattr(Embeddings, "window", 1)
     source = Embeddings(path=str(tmp_path))
     assert source.blocks.tolist() == [0, 8, 17, 17]

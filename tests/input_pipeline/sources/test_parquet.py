@@ -245,7 +245,7 @@ def test_two_windows_of_row_groups_are_kept_and_no_more(tmp_path, monkeypatch):
 def test_footers_beyond_the_limit_are_read_again(tmp_path, monkeypatch):
     path = write(tmp_path / "t.parquet", columns(0, 30))
     assert Parquet(path=path)._footers != [None]
-    monkeypatch.setattr("input_pipeline.sources.parquet.MOST_FOOTERS", 0)
+    monkeypatch.setattr("input_pipeline.sources.parquet.MAX_FOOTER_BYTES", 0)
     source = Parquet(path=path)
     assert source._footers == [None]
     assert [source[i]["image"] for i in range(30)] == [image(i) for i in range(30)]
@@ -253,7 +253,7 @@ def test_footers_beyond_the_limit_are_read_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kept", [0, 1 << 20])
 def test_a_file_that_is_replaced_is_damaged(tmp_path, monkeypatch, kept):
-    monkeypatch.setattr("input_pipeline.sources.parquet.MOST_FOOTERS", kept)
+    monkeypatch.setattr("input_pipeline.sources.parquet.MAX_FOOTER_BYTES", kept)
     path = tmp_path / "t.parquet"
     other = {"image": columns(0, 10)["image"], "text": pa.array(["a"] * 10)}
     for replacement in (columns(0, 5), columns(0, 15), other):

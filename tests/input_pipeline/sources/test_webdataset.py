@@ -134,7 +134,7 @@ def test_samples_equal_what_tarfile_reads_in_order_across_shards(tmp_path, forma
 
 
 def test_shards_behind_a_url(monkeypatch):
-    monkeypatch.setattr(tar_headers.Reader, "REMOTE", 2 * BLOCK)  # many reads
+    monkeypatch.setattr(tar_headers.Reader, "REMOTE_CHUNK", 2 * BLOCK)  # many reads
     fs = fsspec.filesystem("memory")
     for shard in range(2):
         fs.pipe(f"/wds/{shard}.tar", packed(flat(sample(i) for i in (2 * shard, 2 * shard + 1))))
@@ -246,7 +246,7 @@ def test_bad_text_and_too_large_images_are_bad_examples(tmp_path, monkeypatch):
     assert bad(source, 1, "caption not UTF-8").id == "a.tar/a.jpg"
     bad(source, 2, "damaged record", "more than 65536")
     assert source[3]["texts"] == ["c"]
-    monkeypatch.setattr(tar_sample, "MOST_IMAGE", 8000)
+    monkeypatch.setattr(tar_sample, "MAX_IMAGE_BYTES", 8000)
     assert bad(source, 3, "image too large", "9000 bytes").id == "a.tar/c.jpg"
 
 
