@@ -2,8 +2,10 @@
 
 
 def of(path: str, split: str, **settings) -> dict:
-    """The block of a table, or of a pattern of tar, Parquet or ArrayRecord files, which have no
-    splits: other splits of them are other files."""
+    """The config's block for a table, or for a pattern of tar, Parquet or ArrayRecord files.
+
+    Only tables have splits: other splits of the others are other files.
+    """
     for suffix, name in ((".tar", "webdataset"), (".parquet", "parquet")):
         if path.endswith((suffix, suffix + "}")):
             return {"name": name, "path": path}

@@ -1,48 +1,44 @@
 """Released or own weights on ImageNet (zero-shot) and COCO (retrieval); nothing is trained.
 
-  python main.py --eval_only --config configs/evaluate.py:model=siglip2-b16-256,\
-init=weights/siglip2-b16-256,data_dir=/data/tfds --workdir runs/judged
+  python main.py --eval_only --config configs/evaluate.py:init=FOLDER,data_dir=/data/tfds \
+--workdir runs/judged
 
 `data_dir` holds imagenet2012 and coco_captions prepared by TFDS as ArrayRecord; `what` chooses one.
 Or one's own: path=pairs.jsonl,images=photos.zip measures retrieval on all of them, or on one
-`split` of a table. `init`, `tokenizer`, `res` and `small` are as in configs/finetune.py.
+`split` of a table. `init`, `model`, `tokenizer` and `res` are as in configs/finetune.py.
 """
 
 from ml_collections import ConfigDict
 
-from configs import _released, _source
+from configs import _source, finetune
 
 
 def get_config(
-    model: str = "siglip2-b16-256",
     init: str = "",
     data_dir: str = "",
     what: str = "imagenet,coco",
     path: str = "",
     images: str = "",
     split: str = "",
+    model: str = "",
     tokenizer: str = "",
     batch_size: int = 256,
     res: int = 0,
-    small: bool = False,
 ) -> ConfigDict:
     if not (init and (data_dir or path)):
         raise ValueError("pass init=WEIGHTS and data_dir=FOLDER (or path=PAIRS)")
-    # The data it would train on are those that it is evaluated on: --eval_only never looks.
-    config = _released.fine_tuning(
-        model,
-        init,
-        path or data_dir,
-        images,
-        False,
-        "",
-        tokenizer,
-        batch_size,
-        "1 steps",
-        res,
-        small,
+    # --eval_only never reads the training data, so that any source will do.
+    config = finetune.get_config(
+        init=init,
+        path=path or data_dir,
+        images=images,
+        model=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        total="1 steps",
+        res=res,
     )
-    config.frozen = ((".*", True),)  # without --eval_only there is nothing to do
+    config.frozen = ((".*", True),)  # without --eval_only nothing would learn
     tfds = {"name": "tfds", "data_dir": data_dir}
     known = {
         "imagenet": {

@@ -6,20 +6,21 @@
 --workdir runs/siglit
 
 A text tower learns against image embeddings from disk: no image is decoded, no image tower runs,
-and a batch of 32k needs the memory of its texts alone. `width`: of the embeddings. `tokenizer`:
-a file, or the folder of weights that it came with; without it texts are read as bytes. `val_path`:
-embeddings to measure retrieval on. Afterwards `python -m siglip.checkpoints.convert runs/siglit DST
---img TOWER` joins the text tower with that of the images.
+and a batch of 32k needs the memory of its texts alone. `width`: of the embeddings. `tokenizer`: a
+file, or the folder of weights whose tokenizer and text preprocessing are taken; without it texts
+are read as bytes. `val_path`: embeddings to measure retrieval on. Afterwards
+`python -m siglip.checkpoints.convert runs/siglit DST --img TOWER` joins the text tower with that of
+the images.
 The paper reports 79.8 % (AugReg B/8) and 84.5 % (ViT-g/14) ImageNet zero-shot, with text towers of
-L's width (12 and 24 layers), Lion, 16 tokens and 20k to 32k pairs a batch. Not run
-at full size here.
+L's width (12 and 24 layers), Lion, 16 tokens and 20k to 32k pairs a batch. Not run at full size
+here.
 """
 
 import os
 
 from ml_collections import ConfigDict
 
-from configs import _released
+from configs import _tokenizer
 
 
 def get_config(
@@ -43,21 +44,18 @@ def get_config(
             "dtype": "bfloat16",
         }
     )
-    if not tokenizer:
-        block, token_len = {"name": "bytes"}, max(token_len, 64)
-    elif os.path.isdir(tokenizer):
-        block = _released.tokenizer("", tokenizer)
-    else:
-        block = _released.tokenizer(tokenizer, "")
     config.input = ConfigDict(
         {
             "batch_size": batch_size,
-            "token_len": token_len,
+            "token_len": token_len if tokenizer else max(token_len, 64),
             "image": "embedding",
             "source": {"name": "embeddings", "path": path},
-            "tokenizer": block,
         }
     )
+    if os.path.isdir(tokenizer):
+        config.contract = tokenizer
+    elif tokenizer:
+        config.input.tokenizer = ConfigDict(_tokenizer.of(tokenizer))
     config.optimizer = ConfigDict({"name": "lion"})
     config.lr = 1e-4
     config.wd = 1e-7

@@ -13,7 +13,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 import main as program
-from configs import _released
+from base.errors import UserError
+from configs import finetune
 from input_pipeline.sources.files import Files
 from siglip import presets
 from siglip.checkpoints import spec
@@ -35,12 +36,11 @@ ARGUMENTS = {
         "dataset=my_pairs,data_dir=folder,tokenizer=pieces.model",
     ),
     **dict.fromkeys(
-        ("finetune", "unlocked", "lit", "locked_text", "longer_text", "evaluate"),
-        "init=weights,path=pairs.jsonl,tokenizer=pieces.model",
+        ("finetune", "evaluate"),
+        "init=random:siglip-b16-224,path=pairs.jsonl,tokenizer=pieces.model",
     ),
     "siglit": "path=embedded",
 }
-RECIPES = ("finetune", "unlocked", "lit", "locked_text", "longer_text")
 
 
 def load(name: str, arguments: str = ""):
@@ -146,18 +146,22 @@ def test_the_multilingual_run_differs_in_vocabulary_and_length():
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
-def test_the_settings_of_released_models_in_configs_are_those_of_the_table(name):
-    preset, here = presets.PRESETS[name], _released.settings(name)
-    wanted = spec.of_preset(preset)
-    # The others' vocabulary is their tokenizer's, and the width of the head that of the images.
-    defaults = {"vocab_size": preset.vocab_size, "out_dim": preset.out_dim}
-    assert here["img"] == wanted.img and {**defaults, **here["txt"]} == wanted.txt
-    assert (here["token_len"], here["image"], here["text"]) == (
-        wanted.token_len,
-        wanted.image,
-        wanted.text,
-    )
-    assert here["res"] == preset.res
+@pytest.mark.parametrize("file", ["finetune", "evaluate"])
+def test_the_settings_of_released_weights_need_not_be_given(file, name):
+    config = load(file, f"init=random:{name},path=pairs.jsonl,tokenizer=pieces.model")
+    contract = spec.of_preset(presets.PRESETS[name])
+    for tower, expected in (("img", contract.img), ("txt", contract.txt)):
+        assert {key: config.model[tower][key] for key in expected} == expected
+    keys = ("token_len", "image", "text") + (("res",) if contract.res else ())
+    assert {key: config.input[key] for key in keys} == {k: getattr(contract, k) for k in keys}
+    assert config.input.tokenizer.to_dict() == {"name": "sentencepiece", "path": "pieces.model"}
+    assert config.init_positions is None
+
+
+def test_the_model_can_be_named_where_the_weights_do_not_say_it():
+    config = load("finetune", f"{ARGUMENTS['finetune']},model=siglip2-b16-256")
+    assert (config.input.res, config.input.image) == (256, "hf-siglip2")
+    assert config.init == "random:siglip-b16-224"
 
 
 def abstract_params(config):
@@ -167,10 +171,30 @@ def abstract_params(config):
     return jax.eval_shape(make_model(**blocks).init, jax.random.key(0), *inputs)["params"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# Of each recipe: batch size, total, token_len (the weights' is 64).
+LENGTHS = {
+    "full": (1024, "5 epochs", 64),
+    "unlocked": (16_384, "2.4e9 examples", 16),
+    "lit": (16_384, "900e6 examples", 16),
+    "locked_text": (16_384, "900e6 examples", 64),
+    "longer_text": (1024, "5 epochs", 256),
+}
+
+
+def test_another_recipe_is_refused_by_name():
+    with pytest.raises(UserError, match="recipe='lti' is none of full, unlocked, lit, locked_text"):
+        load("finetune", f"{ARGUMENTS['finetune']},recipe=lti")
+
+
+@pytest.mark.parametrize("name", finetune.RECIPES)
 def test_what_a_recipe_learns_from_where_and_how(name):
-    """lr and wd multipliers, frozen towers and init_only of every parameter."""
-    config = load(name)
+    """Length, lr and wd multipliers, frozen towers and init_only of every parameter."""
+    config = load("finetune", f"{ARGUMENTS['finetune']},recipe={name}")
+    lengths = config.input.batch_size, config.total, config.input.token_len
+    assert lengths == LENGTHS[name]
+    assert config.schedule.warmup == ("22 percent" if name == "lit" else "10 percent")
+    assert config.init_text_positions == ("keep" if name == "longer_text" else None)
+    assert config.lr == (1e-5 if name in ("full", "longer_text") else 1e-3)
     names = path_names(abstract_params(config))
     tower = {n: n.split("/")[0] for n in names}
     frozen = match_rules(config.frozen, names, key="frozen")
@@ -280,23 +304,3 @@ def test_the_ending_of_a_path_says_which_source_reads_it(path, name):
         assert paper.evals.coco.source.name == "tfds"
         both = load("pairs", f"path='{path}',val_path='{path}'")
         assert both.evals.retrieval.source.to_dict() == mine.to_dict()
-
-
-def test_the_tokenizer_that_came_with_the_weights_is_found(tmp_path):
-    block = {"name": "sentencepiece", "path": "b16.a.model"}
-    told = {"version": 1, "tokenizer": block}
-    (tmp_path / "b16.siglip.json").write_text(json.dumps(told))  # beside an .npz
-    found = _released.tokenizer("", str(tmp_path / "b16.npz"))
-    assert found == {"name": "sentencepiece", "path": str(tmp_path / "b16.a.model")}
-    run = tmp_path / "run"
-    (run / "checkpoints" / "3").mkdir(parents=True)
-    (run / "siglip.json").write_text(json.dumps({**told, "tokenizer": {"name": "bytes"}}))
-    for init in (run, run / "checkpoints" / "3"):
-        assert _released.tokenizer("", str(init)) == {"name": "bytes"}
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "tokenizer.json").write_text("")
-    found = _released.tokenizer("", str(tmp_path / "hub"))
-    assert found == {"name": "huggingface", "path": str(tmp_path / "hub" / "tokenizer.json")}
-    assert _released.tokenizer("x.model", "")["name"] == "sentencepiece"
-    with pytest.raises(ValueError, match="pass tokenizer=FILE"):
-        _released.tokenizer("", "random:siglip-b16-224")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import finetune
 from siglip import checkpoints, presets
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -24,8 +25,8 @@ MODEL, REPO = "siglip-b16-224", "google/siglip-base-patch16-224"
 # What a command of the page is made smaller by: released models do not fit into CI.
 SMALLER = {
     "configs/siglit.py:": "batch_size=8,total='2 steps',txt=mu,",
-    "configs/evaluate.py:": "small,batch_size=8,",
-    "configs/": "small,batch_size=8,total='2 steps',",
+    "configs/evaluate.py:": "batch_size=8,",
+    "configs/": "batch_size=8,total='2 steps',",
 }
 
 
@@ -116,5 +117,6 @@ def test_the_table_of_models_is_that_of_the_code():
 
 
 def test_every_recipe_is_named():
-    for name in ("finetune", "unlocked", "lit", "locked_text", "longer_text", "siglit"):
-        assert f"`{name}.py`" in PAGE and (ROOT / "configs" / f"{name}.py").exists()
+    for recipe in finetune.RECIPES:
+        assert f"| `{recipe}`" in PAGE
+        assert f"recipe={recipe}," in PAGE or recipe == "full"

@@ -1,7 +1,8 @@
 """Config files and `--config.x.y=v` overrides -> one complete, checked config, before any work.
 
-What a config file leaves out is filled in from the defaults of the schema, and what the schema does
-not know is refused with the nearest names. Nothing here starts a jax backend.
+What a config file leaves out is filled in from the weights of config.contract, if it names some,
+and then from the defaults of the schema; what the schema does not know is refused with the nearest
+names. Nothing here starts a jax backend.
 
 Why not config_flags.DEFINE_config_file: its overrides reach only keys that the file writes, it
 cannot type a key whose value is None, nor a block whose component another override replaces. The
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 from base import values
 from base.errors import UserError
 from base.words import listed, nearest, place, show, similar
+from trainers.config import contract
 from trainers.config import file as config_file
 from trainers.config.schema import (
     BLOCKS,
@@ -75,6 +77,8 @@ def finish(
         messages = (f"{place(file, leaf(key))}: {_unknown(key, tree)}" for key in unknown)
         raise UserError("; ".join(messages))
     overrides = list(overrides)
+    given = contract.fill(given, overrides)
+    tree = settings(given, unknown=[], where=file)
     # 1. Components, so that the other overrides see the keys of the new ones. What was set for
     #    the old component goes: the new one starts from its defaults.
     for key, value in overrides:

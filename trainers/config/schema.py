@@ -47,6 +47,7 @@ class RunKeys:
     frozen: tuple = ((".*", False),)
     clip_norm: float | None = 1.0
     init: str | None = None  # weights to start from, see initial.py
+    contract: str | None = None  # weights whose model and preprocessing fill what is not set
     init_only: tuple = ()  # of img, txt, t, b: what to take of them; () takes all
     init_positions: str | None = None  # how image positions are resized, positions.METHODS
     init_text_positions: str | None = None  # and text positions, TEXT_METHODS
@@ -153,6 +154,7 @@ FREE = (
     "input.source.cache",
     "input.tokenizer.path",
     "init",
+    "contract",
 )
 
 

@@ -202,7 +202,7 @@ def test_rand_augment_draws_layers_of_all_ops_at_the_magnitude(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("call", "told"),
+    ("call", "message"),
     [
         (lambda: augment.rand_augment(NOISE, rng(), 2, 11), "magnitude=11 must be 0 to 10"),
         (lambda: augment.rand_augment(NOISE, rng(), 2, -1), "magnitude=-1 must be 0 to 10"),
@@ -210,6 +210,6 @@ def test_rand_augment_draws_layers_of_all_ops_at_the_magnitude(monkeypatch):
         (lambda: augment.color_jitter(NOISE, rng(), hue=0.6), "hue 0 to 0.5"),
     ],
 )
-def test_strengths_out_of_range_are_refused(call, told):
-    with pytest.raises(ValueError, match=told):
+def test_strengths_out_of_range_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
         call()

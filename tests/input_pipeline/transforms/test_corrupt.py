@@ -26,8 +26,8 @@ def batches(corrupt, steps=10, start=0, seed=0, **options):
         num_threads=2,
         corrupt=corrupt,
         **options,
-    ) as found:
-        return [next(found) for _ in range(steps)]
+    ) as stream:
+        return [next(stream) for _ in range(steps)]
 
 
 CLEAN = batches("")
@@ -122,7 +122,7 @@ def test_noise_resumes_and_is_the_same_on_two_processes():
 
 
 @pytest.mark.parametrize(
-    ("corrupt", "told"),
+    ("corrupt", "message"),
     [
         ("image(1.5)", "must be from 0 to 1"),
         ("image", "image needs p"),
@@ -130,6 +130,6 @@ def test_noise_resumes_and_is_the_same_on_two_processes():
         ("image(0.1) | image(0.5)", "image is given twice"),
     ],
 )
-def test_mistakes_are_named(corrupt, told):
-    with pytest.raises(UserError, match=told):
+def test_mistakes_are_named(corrupt, message):
+    with pytest.raises(UserError, match=message):
         batches(corrupt)

@@ -237,5 +237,5 @@ except BadExample as error:
 """
     command = [sys.executable, "-c", code, str(tmp_path / "bomb")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    kilobytes, _, told = done.stdout.partition(" ")
-    assert told.startswith("image too large") and int(kilobytes) < 50_000, done.stderr
+    kilobytes, _, message = done.stdout.partition(" ")
+    assert message.startswith("image too large") and int(kilobytes) < 50_000, done.stderr

@@ -76,6 +76,6 @@ def test_patches_go_row_by_row_and_the_rest_is_masked_zeros():
 
 @pytest.mark.parametrize("size", [(6, 9), (7, 8), (6, 10), (0, 8)])
 def test_what_is_no_sequence_of_patches_is_refused(size):
-    told = rf"{size[1]} x {size[0]} pixels are not 1 to 12 whole patches of 2 x 2; resize_to"
-    with pytest.raises(ValueError, match=told):
+    message = rf"{size[1]} x {size[0]} pixels are not 1 to 12 whole patches of 2 x 2; resize_to"
+    with pytest.raises(ValueError, match=message):
         patchify(noise(*size), 2, 12)

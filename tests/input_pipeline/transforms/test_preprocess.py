@@ -121,7 +121,7 @@ def test_an_embedding_stands_for_its_image(dtype):
 
 
 @pytest.mark.parametrize(
-    ("given", "kind", "told"),
+    ("given", "kind", "message"),
     [
         (b"", "no image", "the embedding is missing"),
         (b"PNG", "unusable image", "floats \\[d\\], not bytes"),
@@ -133,8 +133,8 @@ def test_an_embedding_stands_for_its_image(dtype):
         (np.array([1, 1e300]), "unusable image", "must be finite"),
     ],
 )
-def test_what_is_no_embedding_is_a_bad_example(given, kind, told):
-    with pytest.raises(BadExample, match=told) as error:
+def test_what_is_no_embedding_is_a_bad_example(given, kind, message):
+    with pytest.raises(BadExample, match=message) as error:
         preprocess(image="embedding").image(given)
     assert error.value.kind == kind
 
@@ -216,7 +216,7 @@ def test_bad_examples_say_their_kind(example, kind):
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ({"res": 0}, "config.input.res=0 must be at least 1"),
         ({"token_len": -1}, "config.input.token_len=-1 must be at least 1"),
@@ -252,7 +252,7 @@ def test_bad_examples_say_their_kind(example, kind):
         ({"text": "tokenize(pad_id=-1)"}, "pad_id=-1 is not an id"),
     ],
 )
-def test_values_out_of_range_are_refused(given, told):
-    with pytest.raises(UserError, match=told) as error:
+def test_values_out_of_range_are_refused(given, message):
+    with pytest.raises(UserError, match=message) as error:
         preprocess(**given)
     assert "\n" not in str(error.value)

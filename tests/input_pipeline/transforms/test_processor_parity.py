@@ -53,10 +53,10 @@ def test_fixed_sizes_equal_the_pil_processor_to_the_bit(method, res):
         size={"height": res, "width": res}, resample=FIXED[method]
     )
     for image in images():
-        there = processor(image, return_tensors="np", **RAW)["pixel_values"][0].transpose(1, 2, 0)
-        assert there.dtype == np.uint8
+        theirs = processor(image, return_tensors="np", **RAW)["pixel_values"][0].transpose(1, 2, 0)
+        assert theirs.dtype == np.uint8
         ours = resize.squash(image, res, method)
-        np.testing.assert_array_equal(ours, there)
+        np.testing.assert_array_equal(ours, theirs)
         normal = processor(image, return_tensors="np", input_data_format="channels_last")
         np.testing.assert_allclose(
             ours.transpose(2, 0, 1) / 127.5 - 1, normal["pixel_values"][0], rtol=0, atol=3e-7
@@ -71,11 +71,11 @@ def test_naflex_equals_the_pil_processor_to_the_bit(patch_size, max_patches):
     for image in images():
         sized = naflex.resize_to_budget(image, patch_size, max_patches)
         patches, mask, shape = naflex.patchify(sized, patch_size, max_patches)
-        there = processor(image, return_tensors="np", **RAW)
-        assert there["pixel_values"].dtype == np.uint8
-        np.testing.assert_array_equal(patches, there["pixel_values"][0])
-        np.testing.assert_array_equal(mask, there["pixel_attention_mask"][0])
-        np.testing.assert_array_equal(shape, there["spatial_shapes"][0])
+        theirs = processor(image, return_tensors="np", **RAW)
+        assert theirs["pixel_values"].dtype == np.uint8
+        np.testing.assert_array_equal(patches, theirs["pixel_values"][0])
+        np.testing.assert_array_equal(mask, theirs["pixel_attention_mask"][0])
+        np.testing.assert_array_equal(shape, theirs["spatial_shapes"][0])
         normal = processor(image, return_tensors="np", input_data_format="channels_last")
         np.testing.assert_allclose(
             np.where(mask[:, None], patches / 127.5 - 1, 0),
@@ -104,8 +104,8 @@ def test_fixed_sizes_are_within_two_levels_of_the_torchvision_processor(
     for image in images():
         if image.shape[0] > image.shape[1]:
             continue  # torchvision goes along x first, Pillow 13 may not
-        there = processor(image, return_tensors="pt", **RAW)["pixel_values"][0].numpy()
-        off = np.abs(resize.squash(image, 224, method).astype(int) - there.transpose(1, 2, 0))
+        theirs = processor(image, return_tensors="pt", **RAW)["pixel_values"][0].numpy()
+        off = np.abs(resize.squash(image, 224, method).astype(int) - theirs.transpose(1, 2, 0))
         assert off.max() <= 2 and (off > 1).mean() < 1e-4
         assert (off > 0).mean() < 0.05
 
@@ -118,7 +118,7 @@ def test_naflex_is_within_two_levels_of_the_torchvision_processor(
     for image in images():
         sized = naflex.resize_to_budget(image, patch_size, max_patches)
         patches, mask, shape = naflex.patchify(sized, patch_size, max_patches)
-        there = processor(image, return_tensors="pt", **RAW)
-        assert np.abs(patches.astype(int) - there["pixel_values"][0].numpy()).max() <= 2
-        np.testing.assert_array_equal(mask, there["pixel_attention_mask"][0].numpy())
-        np.testing.assert_array_equal(shape, there["spatial_shapes"][0].numpy())
+        theirs = processor(image, return_tensors="pt", **RAW)
+        assert np.abs(patches.astype(int) - theirs["pixel_values"][0].numpy()).max() <= 2
+        np.testing.assert_array_equal(mask, theirs["pixel_attention_mask"][0].numpy())
+        np.testing.assert_array_equal(shape, theirs["spatial_shapes"][0].numpy())

@@ -47,7 +47,7 @@ def test_nothing_is_no_step():
 
 
 @pytest.mark.parametrize(
-    ("program", "told"),
+    ("program", "message"),
     [
         ("scal", "config.input.image: there is no 'scal'; the nearest: scale"),
         ("scale(bye=1)", r"scale has no option 'bye'; it is scale\(by=2.0, name='a|b'\)"),
@@ -64,8 +64,8 @@ def test_nothing_is_no_step():
         ("lambda: 1", "is not the name of a step"),
     ],
 )
-def test_mistakes_are_named(program, told):
-    with pytest.raises(UserError, match=told) as error:
+def test_mistakes_are_named(program, message):
+    with pytest.raises(UserError, match=message) as error:
         run(program, 1)
     assert "\n" not in str(error.value)
 

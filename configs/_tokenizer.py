@@ -1,0 +1,6 @@
+"""Which tokenizer reads a file."""
+
+
+def of(file: str) -> dict:
+    """The config's block for a SentencePiece .model or a tokenizer.json."""
+    return {"name": "huggingface" if file.endswith(".json") else "sentencepiece", "path": file}
