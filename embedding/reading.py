@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from base.errors import UserError
-from input_pipeline.bad_examples import BadExamples
+from input_pipeline.bad_examples import BadExamples, mostly_bad, too_many
 from input_pipeline.errors import BadExample
 
 SAMPLES = 64  # examples read from all over the source until one shows the shapes of a row
@@ -174,11 +174,8 @@ class BadExampleLimit:
 
     def _check(self) -> None:
         count, new = self.bad.count, self.bad.count - self._earlier
-        # Among few examples one is a large fraction, so a single one stops no run that allows any.
-        too_many = count > max(self._allowed * self._rows, 1 if self._allowed else 0)
-        # Catch a disk that fails mid-run; the fraction of all rows rises too slowly.
-        failing = self._read >= MIN_SAMPLE and new > max(0.5, self._allowed) * self._read
-        if too_many or failing:
+        failing = self._read >= MIN_SAMPLE and mostly_bad(new, self._read, self._allowed)
+        if failing or too_many(count, self._rows, self._allowed):
             share = f"{new} of {self._read}" if failing else f"{count} of {self._rows}"
             kinds = ", ".join(f"{n} {kind}" for kind, n in self.bad.kinds().items())
             raise UserError(

@@ -8,6 +8,22 @@ from input_pipeline.errors import BadExample
 MAX_NAMES = 1000  # distinct examples remembered by name; the counts have no limit
 
 
+def too_many(bad: int, examples: int, allowed: float) -> bool:
+    """Whether more than the fraction `allowed` of the examples of a run are bad.
+
+    Among few examples one is a large fraction, so a single one stops no run that allows any.
+    """
+    return bad > max(allowed * examples, 1 if allowed else 0)
+
+
+def mostly_bad(bad: int, examples: int, allowed: float) -> bool:
+    """Whether most of a recent sample is bad, and more than allowed.
+
+    It catches a disk that fails mid-run, where the fraction of the whole run rises too slowly.
+    """
+    return bad > max(0.5, allowed) * examples
+
+
 class BadExamples:
     """Counts bad examples by file and kind, and remembers the names of some.
 

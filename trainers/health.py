@@ -7,6 +7,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from base.errors import UserError
+from input_pipeline.bad_examples import mostly_bad, too_many
 from input_pipeline.errors import KINDS
 from trainers.run import TrainingRun
 from trainers.step import update as contrastive
@@ -37,17 +38,15 @@ def _check_bad_examples(run: TrainingRun, step: int) -> None:
     batch_size = run.setup.config.input.batch_size
     allowed = run.setup.config.input.max_bad_fraction
     examples, bad = step * batch_size, int(run.bad_counts.sum())
-    # Catch a disk that fails mid-run; the run-wide fraction rises too slowly.
     window, bad_in_window = examples - run.checked[0] * batch_size, bad - run.checked[1]
     if window >= MIN_WINDOW:
-        if bad_in_window > max(0.5, allowed) * window:
+        if mostly_bad(bad_in_window, window, allowed):
             raise UserError(
                 f"{bad_in_window} of the last {window} examples could not be used by step {step}; "
                 f"the worst: {_of_all_processes(run.bad.worst())}"
             )
         run.checked = step, bad
-    # Of few examples one is a large share already, so a single one stops no run that allows any.
-    if bad > max(allowed * examples, 1 if allowed else 0):
+    if too_many(bad, examples, allowed):
         kinds = ", ".join(f"{n} {kind}" for kind, n in zip(KINDS, run.bad_counts) if n)
         raise UserError(
             f"{bad} of {examples} examples could not be used by step {step} ({kinds}), more than "

@@ -1,37 +1,18 @@
-"""The ring against the definition, and what its compiled program holds and sends."""
+"""The ring against the definition."""
 
 import functools
-import re
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from loss_inputs import ARGNUMS, inputs, mesh_of
 
 from siglip.losses import definitions, ring
-from siglip.losses.exchange import EXCHANGES, choose
+from siglip.losses.exchange import EXCHANGES
 from siglip.losses.pairs import Pairs, labels, log_odds
-from siglip.losses.plan import default_tile_rows
 
 MESHES = [(1,), (2,), (3,), (4,), (8,), (2, 2), (4, 2)]
-
-
-def mesh_of(*shape: int):
-    devices = jax.devices()[: int(np.prod(shape))]
-    axes = ("data", "fsdp")[: len(shape)]
-    return jax.make_mesh(shape, axes, devices=devices, axis_types=(AxisType.Auto,) * len(shape))
-
-
-def inputs(n: int, d: int, t: float, b: float, seed: int = 0, scale: float = 0.3):
-    rng = np.random.default_rng(seed)
-    zimg, ztxt = rng.normal(size=(2, n, d))
-    ztxt = ztxt + scale * zimg  # positives that stand out, as after some training
-    zimg, ztxt = (
-        jnp.asarray(z / np.linalg.norm(z, axis=1, keepdims=True), jnp.float32) for z in (zimg, ztxt)
-    )
-    return zimg, ztxt, jnp.float32(t), jnp.float32(b)
 
 
 def relative_error(got, want) -> float:
@@ -39,15 +20,11 @@ def relative_error(got, want) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-DIFFERENTIATED = (0, 1, 2, 3)
-SCALARS = 2048  # bytes: sums, loop counters, tables of buffers
-
-
 def exact_value_and_grads(definition, args):
     """In float64, because the definition in float32 is itself off by up to 1e-6."""
     with jax.enable_x64(True):
         exact = [jnp.asarray(np.asarray(x, np.float64)) for x in args]
-        want = jax.value_and_grad(definition, argnums=DIFFERENTIATED)(*exact)
+        want = jax.value_and_grad(definition, argnums=ARGNUMS)(*exact)
         assert want[0].dtype == jnp.float64
         return jax.device_get(want)
 
@@ -56,8 +33,8 @@ def assert_equals_definition(fast, definition, args, tolerance=1e-6):
     want, want_grads = exact_value_and_grads(definition, args)
     # Where a difference of large numbers is all there is (dt of the softmax), float32 has no more
     # digits: a few times the definition's own error.
-    own, own_grads = jax.value_and_grad(definition, argnums=DIFFERENTIATED)(*args)
-    got, got_grads = jax.jit(jax.value_and_grad(fast, argnums=DIFFERENTIATED))(*args)
+    own, own_grads = jax.value_and_grad(definition, argnums=ARGNUMS)(*args)
+    got, got_grads = jax.jit(jax.value_and_grad(fast, argnums=ARGNUMS))(*args)
     value_only = jax.jit(fast)(*args)
     for name, g, w, o in zip(
         ("loss", "value", "zimg", "ztxt", "t", "b"),
@@ -245,7 +222,7 @@ def test_precision_in_a_trained_state_does_not_depend_on_the_devices(devices, ex
         fast = functools.partial(
             ring.sigmoid_loss, mesh=mesh_of(devices), exchange=exchange, dtype=dtype
         )
-        got = jax.jit(jax.grad(fast, DIFFERENTIATED))(*args)
+        got = jax.jit(jax.grad(fast, ARGNUMS))(*args)
         for name, g, w in zip(("zimg", "ztxt", "t", "b"), got, want):
             assert g.dtype == jnp.float32
             assert relative_error(g, w) < tolerance, (dtype, name)
@@ -279,137 +256,6 @@ def test_t_gradient_is_the_inner_product_of_embeddings_and_their_gradients():
     dx, dy, dt = grads(zimg, ztxt, t, b)
     np.testing.assert_allclose(np.vdot(zimg, dx), t * dt, rtol=1e-5)
     np.testing.assert_allclose(np.vdot(ztxt, dy), t * dt, rtol=1e-5)
-
-
-def compiled(
-    devices: int, n: int = 1024, d: int = 256, argnums=DIFFERENTIATED, loss=ring.sigmoid_loss, **kw
-):
-    mesh = mesh_of(devices)
-    rows = NamedSharding(mesh, PartitionSpec(("data",)))
-    z = jax.ShapeDtypeStruct((n * devices, d), jnp.float32, sharding=rows)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-
-    def f(*args):
-        return loss(*args, mesh=mesh, **({"exchange": "ring"} | kw))
-
-    f = jax.value_and_grad(f, argnums=argnums) if argnums else f
-    return jax.jit(f).lower(z, z, scalar, scalar).compile()
-
-
-def ops(program, name: str) -> int:
-    return len(re.findall(rf"= \S+ {name}(?:-start)?\(", program.as_text()))
-
-
-def temporary(devices: int, n: int = 1024, d: int = 256, **kw) -> int:
-    return compiled(devices, n, d, **kw).memory_analysis().temp_size_in_bytes
-
-
-@pytest.mark.parametrize("exchange", ["ring", "bidirectional"])
-@pytest.mark.parametrize("loss", [ring.sigmoid_loss, ring.softmax_loss])
-def test_temporary_memory_per_device_does_not_grow_with_the_devices(exchange, loss):
-    n, d = 1024, 256
-    temp = {k: temporary(k, n, d, loss=loss, exchange=exchange) for k in (4, 8)}
-    assert temp[8] == pytest.approx(temp[4], rel=0.01)
-    tile = default_tile_rows(n, "cpu") * n * 4
-    assert temp[8] <= 26 * n * d + tile + SCALARS
-    # The definition, sharded by XLA, grows with D: this is what the ring is for.
-    assert temp[8] < 0.1 * 4 * n * (8 * n) * 3
-
-
-@pytest.mark.parametrize("tile", [0, 96, 128])
-def test_memory_is_26_bytes_a_number_and_a_tile_whatever_the_tile(tile):
-    n, d = 1024, 512
-    logits = (tile or default_tile_rows(n, "cpu")) * n * 4
-    assert temporary(8, n, d, tile=tile) <= 26 * n * d + logits + SCALARS
-
-
-@pytest.mark.parametrize("negatives", ["hard", "random"])
-def test_selection_of_negatives_keeps_memory_bounded(negatives):
-    n, d = 512, 128
-    pairs = Pairs(negatives, 16)
-    temp = {k: temporary(k, n, d, pairs=pairs, tile=64) for k in (4, 8)}
-    assert temp[8] == pytest.approx(temp[4], rel=0.01)
-    assert temp[8] < 2 * temporary(8, n, d, tile=64)
-
-
-@pytest.mark.parametrize("devices", [2, 4, 8])
-def test_the_unrolled_ring_sends_each_text_d_minus_1_and_each_accumulator_d_times(devices):
-    unrolled = functools.partial(compiled, devices, n=64, d=32, unroll=devices)
-    program = unrolled()
-    assert ops(program, "collective-permute") == (devices - 1) + devices
-    assert ops(program, "all-gather") == 0
-    assert ops(program, "all-reduce") == 1
-    assert ops(unrolled(argnums=()), "collective-permute") == devices - 1
-    # Whichever tower is frozen, its embeddings travel and no accumulator does.
-    assert ops(unrolled(argnums=(0, 2, 3)), "collective-permute") == devices - 1
-    assert ops(unrolled(argnums=(1, 2, 3)), "collective-permute") == devices - 1
-
-
-def test_the_looped_ring_has_the_same_hops():
-    # Step 0 sends texts; the loop (D - 2 times) both; the last step and the way home accumulators.
-    program = compiled(8, n=64, d=32)
-    assert ops(program, "collective-permute") == 1 + 2 + 1 + 1
-    assert '"known_trip_count":{"n":"6"}' in program.as_text()
-    assert ops(program, "all-gather") == 0
-
-
-def test_the_bidirectional_ring_sends_half_a_block_each_way():
-    program = compiled(8, n=64, d=32, exchange="bidirectional", unroll=8)
-    sent = re.findall(r"= (f32\[\d+,\d+\])\S* collective-permute(?:-start)?\(", program.as_text())
-    assert sent == ["f32[32,32]"] * 2 * (7 + 8)
-    targets = set(re.findall(r"source_target_pairs=\{\{0,(\d)\}", program.as_text()))
-    assert targets == {"1", "7"}
-
-
-def test_gather_sends_two_messages():
-    program = compiled(8, n=64, d=32, exchange="gather")
-    assert ops(program, "all-gather") == 1
-    assert ops(program, "reduce-scatter") == 1
-    assert ops(program, "collective-permute") == 0
-    frozen = compiled(8, n=64, d=32, exchange="gather", argnums=(1, 2, 3))
-    assert ops(frozen, "reduce-scatter") == 0
-
-
-@pytest.mark.parametrize(
-    "loss, argnums, matmuls",
-    [
-        (ring.sigmoid_loss, DIFFERENTIATED, 3),
-        (ring.sigmoid_loss, (0, 2, 3), 2),  # frozen text
-        (ring.sigmoid_loss, (1, 2, 3), 2),  # frozen images
-        (ring.sigmoid_loss, (2, 3), 1),
-        (ring.sigmoid_loss, (), 1),
-        # Two tours, 1 + 3: in this small program XLA finds the logits of both to be the same.
-        (ring.softmax_loss, (0, 1, 2), 3),
-        (ring.softmax_loss, (0, 2), 2),
-        (ring.softmax_loss, (), 1),
-    ],
-)
-def test_matmuls_of_the_compiled_program(loss, argnums, matmuls):
-    # One device and one tile, so that every matmul of the program is run once.
-    program = compiled(1, n=64, d=32, loss=loss, argnums=argnums, tile=64)
-    assert ops(program, "dot") + ops(program, "custom-call") == matmuls
-    flops = program.cost_analysis()["flops"]
-    assert 0.99 < flops / (matmuls * 2 * 64 * 64 * 32) < 1.6  # and elementwise work
-
-
-def test_auto_takes_the_exchange_with_the_least_estimate_and_logs_it(caplog):
-    mesh = mesh_of(8)
-    small = choose(mesh, n=8, d=64, devices=8, itemsize=4)
-    large = choose(mesh, n=65_536, d=768, devices=8, itemsize=4)
-    assert small.name == "gather" and large.name == "ring"
-    assert large.seconds["ring"] <= large.seconds["bidirectional"]
-    zimg, ztxt, t, b = inputs(64, 4, 10.0, -10.0)
-    with caplog.at_level("INFO", "siglip.losses.plan"):
-        ring.sigmoid_loss(zimg, ztxt, t, b, mesh=mesh)
-    assert "exchange gather (cpu, n=8, d=4, D=8: ring" in caplog.text
-
-
-@pytest.mark.parametrize("n, expected", [(256, "gather"), (4096, "bidirectional"), (2**14, "ring")])
-def test_a_torus_takes_both_ways_unless_blocks_are_small(n, expected, monkeypatch):
-    device = types.SimpleNamespace(device_kind="TPU v4", platform="tpu", process_index=0)
-    mesh = types.SimpleNamespace(devices=np.array([device] * 64))
-    choice = choose(mesh, n=n, d=768, devices=64, itemsize=2)  # type: ignore
-    assert choice.name == expected  # sends that compute hides anyway are not worth halving
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ N, BATCH = 21, 8  # the last batch has 5 real rows: 4 of process 0, 1 of process
 def evaluate(mesh, fakes) -> dict:
     from evaluators import EVALUATORS
     from siglip.losses import definitions
+    from siglip.losses.definitions import Loss
+    from siglip.losses.pairs import Pairs
 
     source, params = fakes.random_source(N), fakes.params(t=1.5)
     decoded = []
@@ -22,9 +24,10 @@ def evaluate(mesh, fakes) -> dict:
             decoded.append(image.tobytes())
             return super().image(image, rng)
 
+    loss = Loss(definitions.sigmoid_loss, chance=Pairs().prior_loss)
     results = {}
     for name, evaluator in EVALUATORS.items():
-        args = (fakes.Model(), mesh, Preprocess(), source, definitions.sigmoid_loss)
+        args = (fakes.Model(), mesh, Preprocess(), source, loss)
         options = {"templates": ("{}", "q {}")} if name == "zeroshot" else {}
         for metric, value, chance in evaluator(*args, batch_size=BATCH, **options).run(params):
             results[f"{name} {metric}"] = [value, chance]
