@@ -224,7 +224,7 @@ class Store:
             open_shard(str(self.out), k, self.manifest)
             return True
         except UserError as damage:
-            tell(f"made anew: {damage}")
+            tell(f"made again: {damage}")
             (self.out / file_name("rows", k)).unlink()
             return False
 

@@ -27,10 +27,10 @@ def facts(
       'ids', int32 [N, k]: two rows are duplicates if they agree in a column (pairs.ids).
       'seed', uint32: of random negatives.
     """
-    made: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     if "ids" in needs:
-        made["ids"] = pairs.ids(batch["text"], batch.get("index"))
+        values["ids"] = pairs.ids(batch["text"], batch.get("index"))
     if "seed" in needs:
         step = jnp.asarray(step).astype(jnp.uint32)
-        made["seed"] = jnp.uint32(seed % 2**32) * jnp.uint32(0x9E3779B1) + step
-    return made
+        values["seed"] = jnp.uint32(seed % 2**32) * jnp.uint32(0x9E3779B1) + step
+    return values

@@ -65,3 +65,13 @@ def test_counts_without_names():
     bad = BadExamples()
     bad.add("no caption", "a.tar", 3)
     assert bad.count == 3 and bad.worst() == "a.tar: 3 no caption"
+
+
+def test_one_bad_example_is_too_many_only_where_none_is_allowed():
+    assert not bads.too_many(1, 10, 0.01) and bads.too_many(1, 10, 0)
+    assert not bads.too_many(10, 1000, 0.01) and bads.too_many(11, 1000, 0.01)
+
+
+def test_a_sample_is_mostly_bad_beyond_half_of_it_and_beyond_what_is_allowed():
+    assert not bads.mostly_bad(128, 256, 0.01) and bads.mostly_bad(129, 256, 0.01)
+    assert not bads.mostly_bad(200, 256, 0.9) and bads.mostly_bad(250, 256, 0.9)
