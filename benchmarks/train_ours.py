@@ -37,11 +37,13 @@ class Ours:
         from ml_collections import ConfigDict
 
         from siglip.losses import LOSSES
+        from siglip.objectives.contrastive import make_contrastive
         from siglip.sharding import make_mesh
         from siglip.towers.two_towers import make_model
         from trainers.machine.host_memory import keep_freed_memory
-        from trainers.step import update
+        from trainers.step import train_state
         from trainers.step.optimizer import frozen_mask, make_tx
+        from trainers.step.update import make_update
 
         self.on_cpu = jax.default_backend() == "cpu"
         if self.on_cpu:
@@ -56,11 +58,14 @@ class Ours:
         tx, schedule = make_tx(
             config, params, total_steps=10**6, batch_size=case.batch, examples_per_epoch=None
         )
-        abstract, init = update.make_state(self.model, tx, self.mesh, seed=0, inputs=(image, text))
         self.loss_fn = LOSSES["sigmoid"](self.mesh)
-        self.update = update.make_update(
+        objectives = {"contrastive": make_contrastive(self.model, self.mesh, self.loss_fn)}
+        abstract, init = train_state.make_state(
+            self.model, objectives, tx, self.mesh, seed=0, inputs=(image, text)
+        )
+        self.update = make_update(
             self.model,
-            self.loss_fn,
+            objectives,
             tx,
             schedule,
             frozen_mask(config, params),
@@ -69,7 +74,7 @@ class Ours:
             seed=0,
             log_every=LOG_EVERY,
         )
-        self.state, self.tally = init(), update.new_tally(self.mesh)
+        self.state, self.tally = init(), train_state.new_tally(self.mesh)
         rng = np.random.default_rng(0)
         self.host = {
             "image": rng.integers(0, 256, (case.batch, *image.shape[1:]), np.uint8),

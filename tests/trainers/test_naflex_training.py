@@ -17,11 +17,13 @@ from evaluators.embed import eval_image
 from input_pipeline.loader import train_batches
 from input_pipeline.sources.in_memory import Memory
 from siglip.losses import ring
+from siglip.objectives.contrastive import make_contrastive
 from siglip.sharding import AXES, make_mesh, to_device
 from siglip.towers.two_towers import make_model
 from siglip.towers.vit import Patches, images_of
 from trainers import setup
-from trainers.step import update as contrastive
+from trainers.step import train_state
+from trainers.step.update import make_update
 
 SIZES = dict(width=32, depth=1, mlp_dim=64, num_heads=2)
 NAFLEX = {
@@ -75,16 +77,19 @@ def make(kind: str, mesh, frozen=lambda name: False, microbatch=0, **loss):
     model = make_model(img=TOWERS[kind], txt=dict(variant="mu", vocab_size=600, **SIZES))
     tx = optax.sgd(1e-2, momentum=0.9)
     rows = {k: v[:1] for k, v in batch(kind).items()}
-    abstract, init = contrastive.make_state(
-        model, tx, mesh, seed=0, inputs=(images_of(rows), rows["text"])
+    objectives = {
+        "contrastive": make_contrastive(model, mesh, ring.make_sigmoid_loss(mesh, **loss))
+    }
+    abstract, init = train_state.make_state(
+        model, objectives, tx, mesh, seed=0, inputs=(images_of(rows), rows["text"])
     )
     frozen = jax.tree_util.tree_map_with_path(
         lambda path, _: frozen(jax.tree_util.keystr(path, simple=True, separator="/")),
         abstract.params,
     )
-    update = contrastive.make_update(
+    update = make_update(
         model,
-        ring.make_sigmoid_loss(mesh, **loss),
+        objectives,
         tx,
         lambda step: jnp.float32(1e-2),
         frozen,
@@ -95,7 +100,7 @@ def make(kind: str, mesh, frozen=lambda name: False, microbatch=0, **loss):
         microbatch=microbatch,
     )
     return types.SimpleNamespace(
-        state=init(), update=update, mesh=mesh, tally=contrastive.new_tally(mesh)
+        state=init(), update=update, mesh=mesh, tally=train_state.new_tally(mesh)
     )
 
 

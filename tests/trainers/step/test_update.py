@@ -11,9 +11,11 @@ import pytest
 
 from siglip.losses import definitions, ring
 from siglip.losses.definitions import Loss
+from siglip.objectives.contrastive import make_contrastive
 from siglip.sharding import make_mesh, to_device
 from siglip.towers.two_towers import make_model
-from trainers.step import update as contrastive
+from trainers.step import train_state
+from trainers.step.update import make_update
 
 SIZES = dict(width=32, depth=1, mlp_dim=64, num_heads=2)
 
@@ -44,14 +46,16 @@ def make(
     )
     tx = optax.sgd(1e-2, momentum=0.9)  # Adam would blow rounding errors up
     inputs = np.zeros((1, 16, 16, 3), np.uint8), np.zeros((1, 6), np.int32)
-    abstract, init = contrastive.make_state(model, tx, mesh, seed=0, inputs=inputs)
+    loss_fn = loss_fn or ring.make_sigmoid_loss(mesh)
+    objectives = {"contrastive": make_contrastive(model, mesh, loss_fn)}
+    abstract, init = train_state.make_state(model, objectives, tx, mesh, seed=0, inputs=inputs)
     frozen = jax.tree_util.tree_map_with_path(
         lambda path, _: frozen(jax.tree_util.keystr(path, simple=True, separator="/")),
         abstract.params,
     )
-    update = contrastive.make_update(
+    update = make_update(
         model,
-        loss_fn or ring.make_sigmoid_loss(mesh),
+        objectives,
         tx,
         lambda step: jnp.float32(1e-2),
         frozen,
@@ -62,7 +66,7 @@ def make(
         microbatch=microbatch,
     )
     return types.SimpleNamespace(
-        abstract=abstract, state=init(), update=update, mesh=mesh, tally=contrastive.new_tally(mesh)
+        abstract=abstract, state=init(), update=update, mesh=mesh, tally=train_state.new_tally(mesh)
     )
 
 
@@ -81,7 +85,7 @@ def assert_close(a, b, rtol=2e-4, atol=2e-5):
 def test_a_train_step_with_the_ring_is_that_of_the_definition(fsdp, batch):
     mesh = make_mesh(fsdp=fsdp)
     got, _, metrics = run(make(mesh), batch, batch)
-    want, _, expected = run(make(mesh, definitions.sigmoid_loss), batch, batch)
+    want, _, expected = run(make(mesh, Loss(definitions.sigmoid_loss)), batch, batch)
     assert_close(got.params, want.params)
     assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
@@ -195,8 +199,7 @@ def test_a_loss_that_asks_for_ids_and_seed_gets_them(batch):
     # Rows 0 and 1 share a caption, 2 and 3 an image; each row is its own duplicate.
     text, index = batch["text"].copy(), np.arange(16, dtype=np.int32)
     text[1], index[3] = text[0], index[2]
-    loss = Loss(loss_fn, needs=("ids", "seed"))
-    _, _, metrics = run(make(mesh, loss), {**batch, "text": text, "index": index})
+    _, _, metrics = run(make(mesh, Loss(loss_fn, needs=("ids", "seed"))), {**batch, "text": text, "index": index})
     assert metrics["loss"] == 16 + 4
     assert seen == {"ids": (16, 2), "seed": jnp.uint32}
 
@@ -209,7 +212,7 @@ def test_masked_examples_are_counted_and_their_content_does_not_matter(batch):
     two, _, _ = run(make(make_mesh()), other)
     assert_close(one.params, two.params, rtol=1e-6, atol=1e-6)
     assert tally.bad.tolist() == [1] + [0] * (len(tally.bad) - 1)
-    assert tally.first_nonfinite == contrastive.NONE
+    assert tally.first_nonfinite == train_state.NONE
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_remembered(batch):
