@@ -1,0 +1,47 @@
+"""The objective that README writes trains, in microbatches, and is as short as it says."""
+
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from tiny_run import Tiny, events, losses, saved
+
+from siglip import objectives
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+MOST_LINES = 40
+
+
+@pytest.fixture(scope="module")
+def code() -> str:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = (block for block in blocks if "-> Objective:" in block)
+    return block
+
+
+def test_a_new_objective_is_a_screen_and_a_line(code):
+    assert len(code.splitlines()) <= MOST_LINES
+
+
+def test_the_objective_of_the_readme_trains_and_resumes(code, tmp_path, monkeypatch):
+    names: dict = {}
+    exec(code, names)
+    monkeypatch.setitem(objectives.OBJECTIVES, "token_classes", names["make_token_classes"])
+    tiny = Tiny(tmp_path)
+    flags = [
+        "--config.objectives.tokens.name=token_classes",
+        "--config.objectives.tokens.weight=0.5",
+        "--config.input.microbatch=8",
+    ]
+    assert tiny.main(tmp_path / "run", *flags, "--config.total=8 steps") == 0
+    assert all(np.isfinite(losses(tmp_path / "run")))
+    terms = [
+        (e["loss/contrastive"], e["loss/tokens"], e["loss"])
+        for e in events(tmp_path / "run")
+        if "loss" in e
+    ]
+    for contrastive, tokens, loss in terms:
+        assert loss == pytest.approx(contrastive + 0.5 * tokens, rel=1e-5)
+    assert terms[-1][1] < terms[0][1] - 0.05  # 8 steps: it learns which tokens occur
+    assert "params/token_classes/kernel" in saved(tmp_path / "run", 8)
