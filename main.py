@@ -35,7 +35,7 @@ Stopped by Ctrl-C, SIGTERM or a power cut? Run the same command again: it goes o
 
 EPILOG = """\
 settings:
-  --config.input.batch_size=512 --config.loss.name=softmax    replace any setting of the config
+  --config.input.batch_size=512 --config.lr=3e-4              replace any setting of the config
   --config configs/siglip_b16.py:runlocal,res=64              arguments of the config file
 
 exit codes: 0 done, 1 failed, 2 a mistake in command, config or data, 85 interrupted (run the same

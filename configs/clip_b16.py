@@ -23,6 +23,6 @@ def get_config(
     runlocal: bool = False,
 ) -> ConfigDict:
     config = siglip_b16.get_config(dataset, data_dir, text, tokenizer, batch_size, res, runlocal)
-    config.loss.name = "softmax"
+    config.objectives.contrastive.name = "softmax"
     config.model.b_init = None
     return config

@@ -43,7 +43,8 @@ def get_config(
             "dtype": "bfloat16",
         }
     )
-    config.loss = ConfigDict({"name": "sigmoid", "dtype": "bfloat16"})
+    contrastive = {"name": "sigmoid", "dtype": "bfloat16"}
+    config.objectives = ConfigDict({"contrastive": contrastive})
     config.input = ConfigDict(
         {
             "batch_size": batch_size,
@@ -105,7 +106,7 @@ def shrink(config: ConfigDict) -> None:
     config.input.res = 32
     config.model.img.variant = "mu/16"
     config.model.txt.variant = "mu"
-    config.model.dtype = config.loss.dtype = "float32"
+    config.model.dtype = config.objectives.contrastive.dtype = "float32"
     config.schedule.warmup = "2 steps"
     config.checkpoint.every = "3 steps"
     for block in config.evals.values():

@@ -32,7 +32,7 @@ HELP = """\
 Runs a config with every combination of some settings, one run after another, and compares them.
 
   python -m programs.sweep --config configs/quickstart.py --workdir runs/sweep \\
-      --grid input.batch_size=64,128,256 --grid loss.name=sigmoid,softmax \\
+      --grid input.batch_size=64,128,256 --grid objectives.contrastive.name=sigmoid,softmax \\
       --metric retrieval/i2t_R@1
 
 Each run has its folder in the workdir. Stopped? Run the same command again: finished runs are

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from clu import parameter_overview
 
+from trainers.objectives import describe_objectives
 from trainers.report import results
 from trainers.report.results import Results
 from trainers.run import TrainingRun
-from trainers.setup import describe_loss
 from trainers.state.start import Start
 
 PARAMETERS = "parameters.txt"  # in the workdir: a table of all parameters
@@ -39,7 +39,7 @@ def introduce(run: TrainingRun, examples: int, state: Any, start: Start) -> None
         f"  devices: {mesh.size} {mesh.devices.flat[0].platform}, "
         f"mesh {', '.join(f'{k}={v}' for k, v in mesh.shape.items())}; "
         f"jax {jax.__version__}\n"
-        f"  loss: {describe_loss(run.setup)}"
+        f"  loss: {describe_objectives(config, run.setup.model, mesh)}"
     )
     if jax.process_index() == 0 and not (run.workdir / PARAMETERS).exists():
         table = parameter_overview.get_parameter_overview(state.params, include_stats=False)

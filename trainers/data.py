@@ -1,5 +1,6 @@
 """The preprocessing and the training source that config.input describes."""
 
+import contextlib
 from typing import Any
 
 from absl import logging
@@ -90,3 +91,14 @@ def chosen(components: dict[str, Any], block: Any) -> Any:
 def without(block: Any, *keys: str) -> dict[str, Any]:
     """A plain dict of the block's other keys."""
     return {k: v for k, v in block.to_dict().items() if k not in keys}
+
+
+@contextlib.contextmanager
+def mistakes_of(block: str):
+    """siglip knows no configs: its ValueErrors become mistakes in a block of the config."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"config.{block}: {error}") from error

@@ -20,6 +20,7 @@ from trainers.run import INDEX, TrainingRun
 from trainers.setup import Setup, make_evaluators, make_setup, sharded
 from trainers.state import initial, restoring
 from trainers.state.start import Start, find_start
+from trainers.step.train_state import TrainState
 
 
 def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
@@ -63,7 +64,7 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
 
 def params_to_evaluate(setup: Setup, start: Start) -> PyTree:
     """The parameters of a checkpoint, or of config.init, on the devices."""
-    abstract = sharded(setup.abstract_params(), setup.mesh)
+    abstract = sharded(setup.abstract_towers(), setup.mesh)
     if start.kind == "workdir":
         return restoring.restore_params(str(start.path), abstract)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
@@ -74,12 +75,13 @@ def params_to_evaluate(setup: Setup, start: Start) -> PyTree:
     return params
 
 
-def run_evaluators(run: TrainingRun, params: PyTree, step: int, names: Iterable[str]) -> Results:
+def run_evaluators(run: TrainingRun, state: TrainState, step: int, names: Iterable[str]) -> Results:
     """Runs some evaluators of a run, and logs the numbers that no earlier life has logged."""
     numbers: Results = {}
     for name in names:
         run.progress.note(f"evaluating {name} at step {step}")
         with run.clock.evaluating(name, step):
+            params = _params_of(state, run.setup.config.evals[name].params)
             numbers[name] = _numbers(run.evaluators[name], params)
         scalars = {f"{name}/{metric}": got["value"] for metric, got in numbers[name].items()}
         if step != run.first_step or name not in run.logged:
@@ -89,14 +91,14 @@ def run_evaluators(run: TrainingRun, params: PyTree, step: int, names: Iterable[
 
 
 def run_between_updates(
-    run: TrainingRun, stop: StopRequest, step: int, state: Any, names: list[str]
+    run: TrainingRun, stop: StopRequest, step: int, state: TrainState, names: list[str]
 ) -> None:
     """Runs evaluators that are due before the end. They may take minutes, which a preempted machine
     does not have: a request to stop breaks them off, and the next life of the run repeats them."""
     if names:
         try:
             with stop.at_once():
-                run_evaluators(run, state.params, step, names)
+                run_evaluators(run, state, step, names)
         except StopNow:
             run.interrupt(step, state)
 
@@ -111,6 +113,11 @@ def logged_evaluators(workdir: pathlib.Path, step: int, names: Iterable[str]) ->
     if names and jax.process_count() > 1:
         logged = multihost_utils.broadcast_one_to_all(logged)
     return frozenset(name for name, is_logged in zip(names, logged) if is_logged)
+
+
+def _params_of(state: TrainState, which: str) -> PyTree:
+    """What evals.x.params says: the parameters, or those of them that have an average as that."""
+    return state.params if which == "params" else {**state.params, **state.averaged}
 
 
 def _numbers(evaluator: Any, params: PyTree) -> dict[str, dict[str, float | None]]:

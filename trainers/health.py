@@ -10,7 +10,7 @@ from base.errors import UserError
 from input_pipeline.bad_examples import mostly_bad, too_many
 from input_pipeline.errors import KINDS
 from trainers.run import TrainingRun
-from trainers.step import update as contrastive
+from trainers.step.train_state import NONE, Tally
 
 MIN_WINDOW = 256  # examples; fewer may be half bad by chance
 MAX_MESSAGE_BYTES = 2000  # of each process in a message about all
@@ -20,7 +20,7 @@ class Diverged(Exception):
     """The loss or a gradient was not finite. The message names the last good checkpoint."""
 
 
-def check(run: TrainingRun, step: int, tally: contrastive.Tally) -> None:
+def check(run: TrainingRun, step: int, tally: Tally) -> None:
     """Checks the tally after `step`; the outcome is the same on every process.
 
     Raises:
@@ -30,7 +30,7 @@ def check(run: TrainingRun, step: int, tally: contrastive.Tally) -> None:
     tally = jax.device_get(tally)
     run.bad_counts = np.asarray(tally.bad)
     _check_bad_examples(run, step)
-    if tally.first_nonfinite != contrastive.NONE:
+    if tally.first_nonfinite != NONE:
         _raise_diverged(run, int(tally.first_nonfinite))
 
 

@@ -15,7 +15,7 @@ from siglip.sharding import to_device
 from siglip.towers.vit import IMAGE_FIELDS
 from trainers import announce, health
 from trainers.config import stored
-from trainers.data import make_source
+from trainers.data import make_source, mistakes_of
 from trainers.evaluation import logged_evaluators, run_between_updates, run_evaluators
 from trainers.machine.preemption import StopRequest
 from trainers.plan import check_batch, make_plan, order_hash
@@ -27,8 +27,10 @@ from trainers.run import INDEX, TrainingRun
 from trainers.setup import make_evaluators, make_setup
 from trainers.state import initial, start
 from trainers.state.checkpointing import Checkpoints
-from trainers.step import update as contrastive
+from trainers.step.averaging import Average
 from trainers.step.optimizer import frozen_mask, make_tx
+from trainers.step.train_state import TrainState, make_state, new_tally
+from trainers.step.update import make_update
 
 BATCH_FIELDS = (*IMAGE_FIELDS, "text", "mask", "bad", "index")  # that the update step takes
 IN_FLIGHT = 2  # updates; the host prepares one while the device does another
@@ -59,9 +61,17 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
         batch_size=config.input.batch_size,
         examples_per_epoch=len(source),
     )
-    abstract, init = contrastive.make_state(
-        setup.model, tx, setup.mesh, seed=config.seed, inputs=setup.inputs
-    )
+    with mistakes_of("average"):
+        average = Average(**config.average)
+        abstract, init = make_state(
+            setup.model,
+            setup.objectives,
+            tx,
+            setup.mesh,
+            seed=config.seed,
+            inputs=setup.inputs,
+            average=average,
+        )
     with contextlib.ExitStack() as closing:
         checkpoints = Checkpoints(
             str(workdir),
@@ -104,9 +114,9 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
             (begin.step, int(begin.bad_counts.sum())),
         )
         announce.introduce(run, len(source), begin.state, begin.start)
-        update = contrastive.make_update(
+        update = make_update(
             setup.model,
-            setup.loss_fn,
+            setup.objectives,
             tx,
             schedule,
             frozen_mask(config, params),
@@ -115,6 +125,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
             seed=config.seed,
             log_every=config.log_every,
             microbatch=config.input.microbatch % config.input.batch_size,  # all at once: 0
+            average=average,
         )
         batches = loader.train_batches(
             source,
@@ -134,7 +145,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
         missed = [name for name in due if name not in run.logged]
         state = make_updates(run, update, begin.state, batches, missed)
         run.save(plan.total, state)
-        final = run_evaluators(run, state.params, plan.total, list(evaluators))
+        final = run_evaluators(run, state, plan.total, list(evaluators))
         checkpoints.wait()
     announce.report(final, evaluators, workdir)
     return final
@@ -143,17 +154,17 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
 def make_updates(
     run: TrainingRun,
     update: Callable,
-    state: contrastive.TrainState,
+    state: TrainState,
     batches: Iterator[dict],
     missed: list[str],
-) -> contrastive.TrainState:
+) -> TrainState:
     """Makes all updates to the end, and does between them what falls due.
 
     Args:
       missed: evaluators that were due after run.first_step, when an earlier life was stopped.
     """
     config, plan, mesh = run.setup.config, run.plan, run.setup.mesh
-    tally, in_flight = contrastive.new_tally(mesh, run.bad_counts), collections.deque()
+    tally, in_flight = new_tally(mesh, run.bad_counts), collections.deque()
     with StopRequest() as stop:
         run_between_updates(run, stop, run.first_step, state, missed)
         for step in range(run.first_step + 1, plan.total + 1):

@@ -16,7 +16,7 @@ from trainers.report.metrics import MetricsWriter
 from trainers.report.progress import TrainingProgress, memory
 from trainers.setup import Setup
 from trainers.state.checkpointing import Checkpoints
-from trainers.step import update as contrastive
+from trainers.step.train_state import TrainState
 
 INDEX = "index"  # folder in the workdir that keeps the indexes of tar files
 
@@ -39,14 +39,14 @@ class TrainingRun:
     bad_counts: np.ndarray  # bad examples of all processes, by kind, in all steps made so far
     checked: tuple[int, int]  # (step, bad examples) when health.check last saw a good window
 
-    def save(self, step: int, state: contrastive.TrainState) -> None:
+    def save(self, step: int, state: TrainState) -> None:
         """Starts to write the state and the position in the data."""
         self.writer.flush()  # a power cut must not leave a checkpoint that is ahead of the log
         counts = {kind: int(count) for kind, count in zip(KINDS, self.bad_counts) if count}
         data = {**position(self.setup.config, self.plan, step), "bad": counts}
         self.checkpoints.save(step, state, data)
 
-    def interrupt(self, step: int, state: contrastive.TrainState) -> NoReturn:
+    def interrupt(self, step: int, state: TrainState) -> NoReturn:
         """Saves, waits until the checkpoint is on disk and raises Interrupted."""
         self.save(step, state)
         self.checkpoints.wait()

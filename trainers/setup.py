@@ -1,8 +1,6 @@
 """From a complete config to the objects of a run."""
 
-import contextlib
 import dataclasses
-import inspect
 from typing import Any
 
 import jax
@@ -15,14 +13,15 @@ from evaluators.strict_source import StrictSource
 from input_pipeline.sources.registry import SOURCES
 from input_pipeline.transforms.preprocess import Preprocess
 from siglip.checkpoints.spec import is_mc4
-from siglip.losses import LOSSES, exchange
 from siglip.losses.definitions import Loss
-from siglip.losses.pairs import log_odds
+from siglip.objectives.objective import Objective
 from siglip.sharding import make_mesh, params_sharding
 from siglip.towers.precomputed import Precomputed
 from siglip.towers.two_towers import TwoTowers, make_model
 from siglip.towers.vit import Patches, images_of
-from trainers.data import chosen, make_input, without
+from trainers.data import chosen, make_input, mistakes_of, without
+from trainers.objectives import initial_bias, make_objectives
+from trainers.step.train_state import init_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,8 @@ class Setup:
     mesh: jax.sharding.Mesh
     preprocess: Preprocess
     model: TwoTowers
-    loss_fn: Loss
+    objectives: dict[str, Objective]
+    loss_fn: Loss | None  # of the first contrastive objective, for the loss evaluator
 
     @property
     def inputs(self) -> tuple[Any, np.ndarray]:
@@ -43,9 +43,19 @@ class Setup:
             return np.zeros((1, self.model.img.width), np.float32), text
         return _gray(self.preprocess), text
 
-    def abstract_params(self) -> Any:
+    def abstract_towers(self) -> Any:
+        """Shapes of the parameters of the towers, t and b, which evaluators need."""
         with mistakes_of("model"):
             return jax.eval_shape(self.model.init, jax.random.key(0), *self.inputs)["params"]
+
+    def abstract_params(self) -> Any:
+        """Shapes of all parameters, those that objectives add included."""
+        self.abstract_towers()  # its mistakes are the model's
+        with mistakes_of("objectives"):
+            key = jax.random.key(0)
+            return jax.eval_shape(
+                lambda: init_params(self.model, self.objectives, key, self.inputs)
+            )
 
 
 def make_setup(config: Any) -> Setup:
@@ -68,9 +78,8 @@ def make_setup(config: Any) -> Setup:
     with mistakes_of("model"):
         model = make_model(**blocks)
     _check_images(preprocess, model.img)
-    with mistakes_of("loss"):
-        loss_fn = LOSSES[config.loss.name](mesh, **without(config.loss, "name"))
-    return Setup(config, mesh, preprocess, model, loss_fn)
+    objectives, loss_fn = make_objectives(config, model, mesh)
+    return Setup(config, mesh, preprocess, model, objectives, loss_fn)
 
 
 def _gray(preprocess: Preprocess) -> Any:
@@ -120,56 +129,24 @@ def _check_images(preprocess: Preprocess, img: Any) -> None:
         )
 
 
-def initial_bias(config: Any) -> float | None:
-    """config.model.b_init, where 'auto' is the bias at which the sigmoid is the share of positives
-    among the pairs of a batch."""
-    b_init, t_init = config.model.b_init, config.model.t_init
-    relative = config.loss.get("relative_bias")  # logits t (x.y - b): the bias is a cosine
-    if relative and not (b_init == "auto" or (b_init is not None and abs(b_init) <= 1)):
-        raise UserError(
-            "config.loss.relative_bias makes the bias a cosine, which "
-            f"config.model.b_init={b_init} is not; set config.model.b_init=auto"
-        )
-    if b_init != "auto":
-        return b_init
-    bias = log_odds(config.input.batch_size, config.loss.get("ratio", 0))
-    return -bias / t_init if relative and t_init else bias
-
-
 def make_evaluators(setup: Setup) -> dict[str, Any]:
     """Name -> evaluator; their sources are opened, so a missing file is found before training."""
     evaluators = {}
     for name, block in setup.config.evals.items():
+        if block.params == "averaged" and not setup.config.average.what:
+            raise UserError(
+                f"config.evals.{name}.params=averaged, but the run keeps no averages; set "
+                "config.average.what, such as img,txt,t,b"
+            )
         evaluators[name] = EVALUATORS[block.type](
             setup.model,
             setup.mesh,
             setup.preprocess,
             StrictSource(chosen(SOURCES, block.source)),
             setup.loss_fn,
-            **without(block, "type", "source", "every"),
+            **without(block, "type", "source", "every", "params"),
         )
     return evaluators
-
-
-def describe_loss(setup: Setup) -> str:
-    """The loss in a line: its settings, and the exchange with the estimates it was chosen by."""
-    config, mesh = setup.config, setup.mesh
-    known = inspect.signature(LOSSES[config.loss.name]).parameters
-    told = "".join(
-        f", {key} {value}"
-        for key, value in without(config.loss, "name").items()
-        if value != known[key].default
-    )
-    if config.loss.get("exchange") != "auto":
-        return config.loss.name + told
-    choice = exchange.choose(
-        mesh,
-        n=config.input.batch_size // mesh.size,
-        d=setup.model.img.out_dim or setup.model.img.width,
-        devices=mesh.size,
-        itemsize=2 if config.loss.dtype == "bfloat16" else 4,
-    )
-    return f"{config.loss.name}{told}, exchange {choice.name} ({choice.why})"
 
 
 def sharded(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -179,14 +156,3 @@ def sharded(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
         abstract,
         params_sharding(abstract, mesh),
     )
-
-
-@contextlib.contextmanager
-def mistakes_of(block: str):
-    """siglip knows no configs: its ValueErrors become mistakes in a block of the config."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"config.{block}: {error}") from error

@@ -23,6 +23,7 @@ from trainers.config import contract
 from trainers.config import file as config_file
 from trainers.config.schema import (
     BLOCKS,
+    MOVED,
     REQUIRED,
     children_of,
     join,
@@ -83,7 +84,12 @@ def finish(
     #    the old component goes: the new one starts from its defaults.
     for key, value in overrides:
         choice = _find(tree, key)
-        if isinstance(choice, Setting) and choice.of is not None and choice.value != value:
+        if choice is None and _names_new_child(key):
+            _check_component(value, BLOCKS[pattern_of(parent(key))].of, f"--config.{key}")
+            child = {leaf(key): value}
+            given = _replaced(given, parent(key), lambda _, child=child: child)
+            tree = settings(given, unknown=[], where=file)
+        elif isinstance(choice, Setting) and choice.of is not None and choice.value != value:
             _check_component(value, choice.of, f"--config.{key}")
             block = pattern_of(parent(key))
             kept = set(parameters_of(*BLOCKS[block].schemas)) | set(children_of(block))
@@ -162,6 +168,12 @@ def _with_initial_children(given: Mapping[str, Any]) -> Mapping[str, Any]:
     return given
 
 
+def _names_new_child(key: str) -> bool:
+    """'objectives.mine.name', 'evals.mine.type': the choice of a child with a name of one's own."""
+    pattern = pattern_of(parent(key))
+    return pattern.endswith(".*") and BLOCKS[pattern].choice == leaf(key)
+
+
 def _replaced(tree: Mapping[str, Any], path: str, change: Callable[[dict], dict]) -> dict[str, Any]:
     """A copy of a nested dict with the dict at `path` changed (made where it is absent)."""
     head, _, rest = path.partition(".")
@@ -199,6 +211,9 @@ def _unknown(key: str, tree: dict[str, Any], *, flag: bool = False) -> str:
     """'unknown key ...' with the nearest valid ones."""
     prefix = "--config." if flag else ""
     message = f"unknown key {prefix}{key}"
+    head, _, rest = key.partition(".")
+    if head in MOVED:
+        return f"{message}; it is {prefix}{join(MOVED[head], rest) if rest else MOVED[head]} now"
     siblings = _find(tree, parent(key)) if parent(key) else tree
     siblings = siblings if isinstance(siblings, dict) else {}
     # A key of a component that is not the chosen one?

@@ -7,7 +7,7 @@ that the block configures. BLOCKS says which, and a new component or key needs n
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from evaluators import EVALUATORS
 from input_pipeline.loader import NUM_THREADS, PREFETCH
@@ -15,11 +15,13 @@ from input_pipeline.sources.registry import SOURCES
 from input_pipeline.transforms.preprocess import make_preprocess
 from input_pipeline.transforms.tokenizer import TOKENIZERS
 from siglip.losses import LOSSES
+from siglip.objectives import OBJECTIVES
 from siglip.sharding import make_mesh
 from siglip.towers.text import make_text
 from siglip.towers.two_towers import make_model
 from siglip.towers.vit import make_vit
 from trainers.config import durations
+from trainers.step.averaging import Average
 from trainers.step.optimizer import OPTIMIZERS, SCHEDULES
 
 REQUIRED: Any = inspect.Parameter.empty  # the default of a key that has none
@@ -80,8 +82,14 @@ class PartKeys:
 
 
 @dataclasses.dataclass(kw_only=True)
+class ObjectiveKeys:
+    weight: float = 1.0  # of this term in the loss
+
+
+@dataclasses.dataclass(kw_only=True)
 class EvalKeys:
     every: Duration = ""  # '': only at the end
+    params: Literal["params", "averaged"] = "params"  # averaged: config.average's, where it has any
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -119,7 +127,9 @@ BLOCKS: dict[str, Block] = {
     "model": Block((make_model,)),
     "model.img": Block((make_vit,)),
     "model.txt": Block((make_text,)),
-    "loss": Block((), "name", LOSSES, "sigmoid"),
+    "objectives": Block(initial={"contrastive": {}}),
+    "objectives.*": Block((ObjectiveKeys,), "name", {**LOSSES, **OBJECTIVES}, "sigmoid"),
+    "average": Block((Average,)),
     "input": Block((InputKeys, make_preprocess)),
     "input.source": Block((), "name", {**SOURCES, "mixture": mixture}),
     "input.mixture": Block(),
@@ -133,6 +143,9 @@ BLOCKS: dict[str, Block] = {
     "checkpoint": Block((CheckpointKeys,)),
 }
 
+# Block of an earlier version -> where its keys are now, for the message that refuses it.
+MOVED = {"loss": "objectives.contrastive"}
+
 # What a run may change when it goes on (a key or a whole block): nothing of it decides what is
 # learned from which batch ...
 FREE = (
@@ -141,9 +154,9 @@ FREE = (
     "checkpoint",
     "mesh",
     "input.microbatch",
-    "loss.exchange",
-    "loss.tile",
-    "loss.unroll",
+    "objectives.*.exchange",
+    "objectives.*.tile",
+    "objectives.*.unroll",
     "input.num_threads",
     "input.prefetch",
     "input.max_bad_fraction",

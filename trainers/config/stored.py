@@ -66,6 +66,7 @@ class Difference:
         """May the key differ when a run goes on?"""
         # In a part of a mixture the same keys are free as in a source.
         key = re.sub(r"^input\.mixture\.[^.]+\.", "input.source.", f"{self.key}.")
+        key = re.sub(r"^objectives\.[^.]+\.", "objectives.*.", key)
         return any(key.startswith(f"{free}.") for free in FREE)
 
     def __str__(self) -> str:

@@ -16,6 +16,7 @@ from trainers.plan import Plan, position
 from trainers.setup import Setup
 from trainers.state import initial, restoring
 from trainers.state.checkpointing import Checkpoints
+from trainers.step.train_state import with_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ def begin(
         case "init":
             state = init()
             params, notes = initial.initial_params(setup, state.params, start.path or "")
-            state = state.replace(params=params)
+            state = with_params(state, params)
         case _:
             state = init()
     _check_position(saved, position(config, plan, step), start)

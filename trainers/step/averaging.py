@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Average:
     """What is averaged over steps, and how slowly.
 
@@ -19,8 +19,8 @@ class Average:
       ValueError: a decay outside of [0, 1).
     """
 
-    what: tuple[str, ...] = ()
-    decay: float = 0.999
+    what: tuple[str, ...] = ()  # names at the top of the parameter tree, such as img and txt
+    decay: float = 0.999  # share of the old average that an update keeps
 
     def __post_init__(self):
         if not 0 <= self.decay < 1:

@@ -180,7 +180,10 @@ def make_mesh_of_two():
     return jax.make_mesh((2, 1), ("data", "fsdp"), axis_types=axis_types, devices=jax.devices()[:2])
 
 
-def make(model, mesh, objectives, batch, *, average=Average(("img",), 0.9), microbatch=0):  # noqa: B008
+TEACHER = Average(what=("img",), decay=0.9)
+
+
+def make(model, mesh, objectives, batch, *, average=TEACHER):
     tx = optax.sgd(1e-2, momentum=0.9)
     inputs = batch["image"][:1], batch["text"][:1]
     abstract, init = make_state(model, objectives, tx, mesh, seed=0, inputs=inputs, average=average)
@@ -194,7 +197,6 @@ def make(model, mesh, objectives, batch, *, average=Average(("img",), 0.9), micr
         jax.tree.map(lambda x: x.sharding, abstract),
         seed=0,
         log_every=1,
-        microbatch=microbatch,
         average=average,
     )
     return types.SimpleNamespace(
@@ -296,6 +298,6 @@ def test_mistakes_of_an_objective_are_named(model, mesh, objectives, batch):
         it = make(model, mesh, {"x": lost}, batch, average=Average())
         it.update(it.state, it.tally, to_device(batch, mesh))
     with pytest.raises(ValueError, match="there are no parameters 'image'"):
-        make(model, mesh, {"spread": objectives["spread"]}, batch, average=Average(("image",)))
+        make(model, mesh, {"spread": objectives["spread"]}, batch, average=Average(what=("image",)))
     with pytest.raises(ValueError, match="decay must be in"):
-        Average(("img",), 1.0)
+        Average(what=("img",), decay=1.0)

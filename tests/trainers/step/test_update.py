@@ -199,7 +199,9 @@ def test_a_loss_that_asks_for_ids_and_seed_gets_them(batch):
     # Rows 0 and 1 share a caption, 2 and 3 an image; each row is its own duplicate.
     text, index = batch["text"].copy(), np.arange(16, dtype=np.int32)
     text[1], index[3] = text[0], index[2]
-    _, _, metrics = run(make(mesh, Loss(loss_fn, needs=("ids", "seed"))), {**batch, "text": text, "index": index})
+    _, _, metrics = run(
+        make(mesh, Loss(loss_fn, needs=("ids", "seed"))), {**batch, "text": text, "index": index}
+    )
     assert metrics["loss"] == 16 + 4
     assert seen == {"ids": (16, 2), "seed": jnp.uint32}
 
