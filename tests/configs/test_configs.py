@@ -105,7 +105,7 @@ def test_the_reference_run_is_that_of_the_paper():
         "model.txt.bottleneck": None,
         "model.t_init": 10.0,
         "model.b_init": -10.0,
-        "loss.name": "sigmoid",
+        "objectives.contrastive.name": "sigmoid",
         "optimizer.name": "adafactor",
         "optimizer.b1": 0.9,
         "optimizer.beta2_cap": 0.95,
@@ -130,10 +130,10 @@ def test_the_reference_run_is_that_of_the_paper():
 
 def test_the_baseline_differs_in_the_loss_alone():
     assert differences("clip_b16") == {
-        "loss.name": ("sigmoid", "softmax"),
-        "loss.negatives": ("all", None),  # of the sigmoid alone
-        "loss.ratio": (0, None),
-        "loss.relative_bias": (False, None),
+        "objectives.contrastive.name": ("sigmoid", "softmax"),
+        "objectives.contrastive.negatives": ("all", None),  # of the sigmoid alone
+        "objectives.contrastive.ratio": (0, None),
+        "objectives.contrastive.relative_bias": (False, None),
         "model.b_init": (-10.0, None),
     }
 

@@ -47,14 +47,16 @@ if act == "wait":
 if act and part in workdir.name:
     print("first line\\nloss is nan at step 3", file=sys.stderr)
     sys.exit({"fail": 87, "stop": 85}[act])
-n = int(args["config.input.batch_size"]) / (2 if args["config.loss.name"] == "softmax" else 1)
+softmax = args["config.objectives.contrastive.name"] == "softmax"
+n = int(args["config.input.batch_size"]) / (2 if softmax else 1)
 r1, r5 = {"value": n / 1000, "chance": 0.01}, {"value": 0.5, "chance": 0.05}
 loss = {"loss": {"value": 2.5, "chance": None}}
 results = {"retrieval": {"i2t_R@1": r1, "i2t_R@5": r5}, "loss": loss}
 (workdir / "results.json").write_text(json.dumps(results))
 """
 
-GRID = ["--grid=input.batch_size=64,128,256", "--grid=loss.name=sigmoid,softmax"]
+LOSS = "objectives.contrastive.name"
+GRID = ["--grid=input.batch_size=64,128,256", f"--grid={LOSS}=sigmoid,softmax"]
 
 
 class Fake:
@@ -103,7 +105,7 @@ def fake(tmp_path) -> Fake:
 
 
 def names(*runs: tuple[int, str]) -> list[str]:
-    return [f"input.batch_size={n},loss.name={loss}" for n, loss in runs]
+    return [f"input.batch_size={n},{LOSS}={loss}" for n, loss in runs]
 
 
 ALL = [(n, loss) for n in (64, 128, 256) for loss in ("sigmoid", "softmax")]
@@ -113,7 +115,7 @@ def test_the_whole_grid_runs_in_order_to_tables_and_a_plot(fake, capsys):
     assert fake.run() == sweep.DONE
     assert fake.calls() == names(*ALL)
     rows = fake.table()
-    assert [(r["input.batch_size"], r["loss.name"]) for r in rows] == [(str(n), s) for n, s in ALL]
+    assert [(r["input.batch_size"], r[LOSS]) for r in rows] == [(str(n), s) for n, s in ALL]
     assert [float(r["retrieval/i2t_R@1"]) for r in rows] == [
         n / 1000 / (2 if s == "softmax" else 1) for n, s in ALL
     ]
@@ -121,13 +123,13 @@ def test_the_whole_grid_runs_in_order_to_tables_and_a_plot(fake, capsys):
     assert {r["loss/loss chance"] for r in rows} == {""}
     lines = (fake.workdir / "sweep.md").read_text().splitlines()
     assert lines[0] == (
-        "| input.batch_size | loss.name | retrieval/i2t_R@1 | retrieval/i2t_R@5 | loss/loss |"
+        f"| input.batch_size | {LOSS} | retrieval/i2t_R@1 | retrieval/i2t_R@5 | loss/loss |"
     )
     assert lines[2] == "| 64 | sigmoid | 0.064 | 0.5 | 2.5 |"
     assert lines[8:] == ["| chance |  | 0.01 | 0.05 |  |"]
     assert (fake.workdir / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     out = capsys.readouterr().out
-    assert "[2/6] input.batch_size=64 loss.name=softmax: retrieval/i2t_R@1 = 0.032" in out
+    assert f"[2/6] input.batch_size=64 {LOSS}=softmax: retrieval/i2t_R@1 = 0.032" in out
     assert out.count(" left") == 5  # all but the last run say how long the others will take
 
 
@@ -146,11 +148,11 @@ def test_finished_runs_are_skipped_and_changed_ones_are_not(fake):
 
 
 def test_a_failed_run_is_told_and_the_others_go_on(fake, capsys):
-    fake.act("fail 128,loss.name=softmax")
+    fake.act(f"fail 128,{LOSS}=softmax")
     assert fake.run() == sweep.FAILED
     assert fake.calls() == names(*ALL)
     shown = capsys.readouterr()
-    assert "loss.name=softmax: failed, exit code 87: loss is nan at step 3" in shown.out
+    assert f"{LOSS}=softmax: failed, exit code 87: loss is nan at step 3" in shown.out
     assert shown.err == "error: 1 of 6 runs failed\n"
     rows = fake.table()
     assert [bool(r["error"]) for r in rows] == [False, False, False, True, False, False]
@@ -167,7 +169,7 @@ def test_a_sweep_without_one_good_run_leaves_its_tables(fake):
 
 
 def test_an_interrupted_run_stops_the_sweep_which_goes_on_there(fake, capsys):
-    fake.act("stop 128,loss.name=sigmoid")
+    fake.act(f"stop 128,{LOSS}=sigmoid")
     assert fake.run() == sweep.INTERRUPTED
     assert fake.calls() == names(*ALL[:3])
     assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
@@ -209,7 +211,7 @@ def test_fixed_overrides_reach_every_run(fake):
     ("argv", "told"),
     [
         (["--grid=input.bach_size=1,2"], "unknown key --config.input.bach_size; the nearest"),
-        (["--grid=loss.name=sigmoid,softmx"], "'softmx' is unknown; the nearest: softmax"),
+        ([f"--grid={LOSS}=sigmoid,softmx"], "'softmx' is unknown; the nearest: softmax"),
         (["--grid=lr=1,1"], "--grid lr=1,1: given twice"),
         (["--grid=lr"], "--grid lr: write key=value,value"),
         (
@@ -264,16 +266,12 @@ def plotted(rows: list[SweepRow], tmp_path, monkeypatch):
 
 
 def test_the_plot_has_a_line_per_other_value_chance_dashed_and_powers_of_two(tmp_path, monkeypatch):
-    rows = [
-        row({"loss.name": loss, "n": str(n)}, n / 1000)
-        for loss in ("a", "b")
-        for n in (256, 64, 128)
-    ]
+    rows = [row({LOSS: loss, "n": str(n)}, n / 1000) for loss in ("a", "b") for n in (256, 64, 128)]
     axes = plotted(rows, tmp_path, monkeypatch)
     assert axes.get_xlabel() == "n" and axes.get_ylabel() == "r/a" and axes.get_xscale() == "log"
     lines = {line.get_label(): line for line in axes.get_lines()}
-    assert sorted(lines) == ["chance", "loss.name = a", "loss.name = b"]
-    assert list(lines["loss.name = a"].get_xdata()) == [64, 128, 256]
+    assert sorted(lines) == ["chance", f"{LOSS} = a", f"{LOSS} = b"]
+    assert list(lines[f"{LOSS} = a"].get_xdata()) == [64, 128, 256]
     assert lines["chance"].get_linestyle() == "--" and set(lines["chance"].get_ydata()) == {0.1}
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["64", "128", "256"]
 

@@ -53,10 +53,17 @@ COMMAND = "--config=configs/tiny.py:batch_size=8 --workdir=w"
 
 
 def test_training_gets_the_complete_config_and_the_workdir(called, capsys):
-    assert run(f"{COMMAND} --config.lr 0.5 --config.loss.name=softmax") == program.DONE
+    assert (
+        run(f"{COMMAND} --config.lr 0.5 --config.objectives.contrastive.name=softmax")
+        == program.DONE
+    )
     ((name, config, workdir),) = called
     assert (name, workdir) == ("train", "w")
-    assert (config.input.batch_size, config.lr, config.loss.name) == (8, 0.5, "softmax")
+    assert (config.input.batch_size, config.lr, config.objectives.contrastive.name) == (
+        8,
+        0.5,
+        "softmax",
+    )
     assert capsys.readouterr().out == "distributed: no, one process (nothing asks for more)\n"
 
 

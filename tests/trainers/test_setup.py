@@ -12,13 +12,17 @@ from input_pipeline.mixture import Mixture
 from siglip.sharding import make_mesh
 from trainers import data, setup
 from trainers.config import complete
+from trainers.objectives import describe_objectives
 from trainers.plan import check_batch, order_hash
 
 QUICKSTART = pathlib.Path(setup.__file__).parents[1] / "configs" / "quickstart.py"
 
 
 def load(**settings):
-    overrides = [(key.replace("__", "."), str(value)) for key, value in settings.items()]
+    """The quickstart's config; loss__x is x of its objective."""
+    keys = (key.replace("loss__", "objectives__contrastive__") for key in settings)
+    values = map(str, settings.values())
+    overrides = [(key.replace("__", "."), value) for key, value in zip(keys, values)]
     return complete.load(str(QUICKSTART), overrides)
 
 
@@ -41,10 +45,10 @@ def test_an_automatic_bias_is_the_prior_of_the_batch(settings, expected):
     "settings, message",
     [
         ({"loss__relative_bias": True}, "b_init=-10.0 is not; set config.model.b_init=auto"),
-        ({"loss__ratio": 5}, "config.loss: ratio 5 needs negatives"),
-        ({"loss__tile": -1}, "config.loss: tile must be a number of rows"),
-        ({"loss__unroll": 0}, "config.loss: unroll must be at least 1"),
-        ({"loss__exchange": "circle"}, "config.loss: exchange 'circle' is none of auto, ring"),
+        ({"loss__ratio": 5}, "contrastive: ratio 5 needs negatives"),
+        ({"loss__tile": -1}, "contrastive: tile must be a number of rows"),
+        ({"loss__unroll": 0}, "contrastive: unroll must be at least 1"),
+        ({"loss__exchange": "circle"}, "contrastive: exchange 'circle' is none of auto, ring"),
         ({"model__t_init": 0, "model__b_init": "auto"}, "t_init is the temperature"),
         ({"loss__name": "softmax", "loss__duplicates": "positive"}, "the softmax loss takes"),
     ],
@@ -63,10 +67,18 @@ def test_a_microbatch_divides_the_batch_and_the_devices():
 
 
 def test_the_loss_tells_its_settings_and_the_exchange_it_chose():
-    told = setup.describe_loss(setup.make_setup(load(loss__duplicates="ignore")))
-    assert told.startswith("sigmoid, duplicates ignore, exchange gather (cpu, n=8, d=64, D=8: ring")
-    told = setup.describe_loss(setup.make_setup(load(loss__name="softmax", loss__exchange="ring")))
-    assert told == "softmax, exchange ring"
+    def describe(**settings):
+        made = setup.make_setup(load(**settings))
+        return describe_objectives(made.config, made.model, made.mesh)
+
+    chosen = describe(loss__duplicates="ignore")
+    assert chosen.startswith("sigmoid, duplicates ignore, exchange gather (cpu, n=8, d=64, D=8: r")
+    assert describe(loss__name="softmax", loss__exchange="ring") == "softmax, exchange ring"
+    two = {"objectives__second__name": "softmax", "objectives__second__weight": 0.5}
+    both = describe(**two, loss__exchange="ring", objectives__second__exchange="gather")
+    assert both == (
+        "1 x contrastive = sigmoid, exchange ring; 0.5 x second = softmax, exchange gather"
+    )
 
 
 @pytest.mark.parametrize(("allowed", "refused"), [(0.2, True), (0.3, False)])

@@ -6,6 +6,7 @@ that the block configures. BLOCKS says which, and a new component or key needs n
 
 import dataclasses
 import inspect
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -128,7 +129,7 @@ BLOCKS: dict[str, Block] = {
     "model.img": Block((make_vit,)),
     "model.txt": Block((make_text,)),
     "objectives": Block(initial={"contrastive": {}}),
-    "objectives.*": Block((ObjectiveKeys,), "name", {**LOSSES, **OBJECTIVES}, "sigmoid"),
+    "objectives.*": Block((ObjectiveKeys,), "name", ChainMap(OBJECTIVES, LOSSES), "sigmoid"),
     "average": Block((Average,)),
     "input": Block((InputKeys, make_preprocess)),
     "input.source": Block((), "name", {**SOURCES, "mixture": mixture}),

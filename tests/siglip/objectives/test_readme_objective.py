@@ -24,7 +24,7 @@ def test_a_new_objective_is_a_screen_and_a_line(code):
     assert len(code.splitlines()) <= MOST_LINES
 
 
-def test_the_objective_of_the_readme_trains_and_resumes(code, tmp_path, monkeypatch):
+def test_the_objective_of_the_readme_trains_and_is_saved(code, tmp_path, monkeypatch):
     names: dict = {}
     exec(code, names)
     monkeypatch.setitem(objectives.OBJECTIVES, "token_classes", names["make_token_classes"])
@@ -33,6 +33,7 @@ def test_the_objective_of_the_readme_trains_and_resumes(code, tmp_path, monkeypa
         "--config.objectives.tokens.name=token_classes",
         "--config.objectives.tokens.weight=0.5",
         "--config.input.microbatch=8",
+        "--config.lr=0.03",
     ]
     assert tiny.main(tmp_path / "run", *flags, "--config.total=8 steps") == 0
     assert all(np.isfinite(losses(tmp_path / "run")))

@@ -480,7 +480,8 @@ def test_checking_starts_no_backend(tmp_path):
     program = (
         "import sys, jax\n"
         "from trainers.config import complete\n"
-        f"c = complete.load({str(path)!r}, [('mesh.cpu_devices', '3'), ('loss.name', 'softmax')])\n"
+        "more = [('mesh.cpu_devices', '3'), ('objectives.contrastive.name', 'softmax')]\n"
+        f"c = complete.load({str(path)!r}, more)\n"
         "assert c.model.txt.vocab_size is None and c.input.tokenizer.name == 'bytes'\n"
         "jax.config.update('jax_num_cpu_devices', c.mesh.cpu_devices)  # raises if one runs\n"
         "print(jax.device_count())\n"
