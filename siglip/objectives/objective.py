@@ -87,30 +87,31 @@ class Part:
     def __init__(self, model: Any, batch: Mapping[str, Array], key: Array, place: Callable):
         self.batch = batch
         self._model, self._key, self._place = model, key, place
-        self._outputs: list[tuple[tuple, Any]] = []  # one trace's: a handful
+        self._outputs: list[tuple] = []  # of one trace: a handful
 
-    def img(self, params: Params) -> tuple[Array, dict[str, Any]]:
-        """(zimg [n, d] of unit norm, out: see ViT) of the images."""
-        return self._once("encode_image", params, images_of(self.batch))
+    def img(self, params: Params, capture: tuple[str, ...] = ()) -> tuple[Array, dict[str, Any]]:
+        """(zimg [n, d] of unit norm, out) of the images, as TwoTowers.encode_image gives them."""
+        return self._once("encode_image", params, images_of(self.batch), capture)
 
-    def txt(self, params: Params) -> tuple[Array, dict[str, Any]]:
-        """(ztxt [n, d] of unit norm, out: see TextTransformer) of the texts."""
-        return self._once("encode_text", params, self.batch["text"])
+    def txt(self, params: Params, capture: tuple[str, ...] = ()) -> tuple[Array, dict[str, Any]]:
+        """(ztxt [n, d] of unit norm, out) of the texts, as TwoTowers.encode_text gives them."""
+        return self._once("encode_text", params, self.batch["text"], capture)
 
-    def _once(self, method: str, params: Params, inputs: Any) -> Any:
-        for (name, known), output in self._outputs:
-            if name == method and known is params:
+    def _once(self, method: str, params: Params, inputs: Any, capture: tuple[str, ...]) -> Any:
+        for known_params, *known, output in self._outputs:
+            if known_params is params and known == [method, capture]:
                 return output
         z, out = self._model.apply(
             {"params": params},
             inputs,
             rows=self.batch["row"],
             train=True,
+            capture=capture,
             rngs={"dropout": self._key},
             method=method,
         )
         output = self._place(z), out
-        self._outputs.append(((method, params), output))
+        self._outputs.append((params, method, capture, output))
         return output
 
 

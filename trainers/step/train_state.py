@@ -1,5 +1,6 @@
 """What a step hands to the next one, and how it begins."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,7 +89,8 @@ def make_state(
 
 def with_params(state: TrainState, params: PyTree) -> TrainState:
     """The state with other parameters; the moving averages begin at those."""
-    return state.replace(params=params, averaged=averaging.start(params, tuple(state.averaged)))
+    averaged = averaging.start(params, tuple(state.averaged))
+    return dataclasses.replace(state, params=params, averaged=averaged)
 
 
 def new_tally(mesh: jax.sharding.Mesh, bad: np.ndarray | None = None) -> Tally:
