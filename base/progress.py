@@ -77,7 +77,8 @@ class Progress:
       title: what the line begins with.
       tell: called with each line in place of drawing it.
       interval: seconds between two lines; by default 0.5 on a terminal and 30 elsewhere.
-      quiet: seconds without any line at the start; short work then shows none.
+      quiet: seconds until the first line; shorter work shows none.
+      hidden: nothing is shown at all.
       keep: the last line stays on a terminal.
     """
 
@@ -93,17 +94,18 @@ class Progress:
         interval: float | None = None,
         quiet: float = 0.0,
         keep: bool = True,
+        hidden: bool = False,
         now: Callable[[], float] = time.monotonic,
     ):
         self._total, self._unit, self._title, self._tell = total, unit, title, tell
         self._line = StatusLine(stream, keep=keep)
         self._interval = (0.5 if self._line.live else 30) if interval is None else interval
         self._now, self._started = now, now()
-        self._next = self._started + max(quiet, self._interval)
+        self._next = self._started + (quiet or self._interval)
         self._counts = dict.fromkeys((unit, *others), 0)
         self._first: tuple[float, dict[str, int]] | None = None  # time and counts of first update
         self._shown = ""  # the last line
-        self._quiet = quiet
+        self._quiet, self._hidden = quiet, hidden
 
     def __enter__(self) -> "Progress":
         return self
@@ -145,7 +147,7 @@ class Progress:
         self._line.close()
 
     def _show(self, now: float) -> None:
-        if (text := self.text(now)) == self._shown:
+        if self._hidden or (text := self.text(now)) == self._shown:
             return
         self._shown = text
         if self._tell is not None:

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import datetime
 import fcntl
 import glob
 import io
@@ -13,7 +12,6 @@ import re
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +20,7 @@ from PIL import Image
 
 from base import whole_file
 from base.errors import UserError
+from base.progress import Progress
 from base.words import one_line
 from input_pipeline.convert.writers import WRITERS, Record
 from input_pipeline.errors import BadExample
@@ -92,7 +91,7 @@ class Conversion:
                 shards[name] = vars(report)
                 save(self.out / STATE, json.dumps(self.state, indent=1))
                 whole_file.rename(part, self.out / name)
-        progress.end()
+        progress.close()
         if not any(shard["written"] for shard in shards.values()):
             bad = next(iter(shards.values()))["bad"]
             raise UserError(f"no example could be used; the first: {bad[0]}")
@@ -117,13 +116,13 @@ class Conversion:
         self,
         indices: range,
         pool: concurrent.futures.Executor,
-        progress: "Progress",
+        progress: Progress,
         report: "ShardReport",
     ) -> Iterator[Record]:
         for first in range(indices.start, indices.stop, AHEAD):
             several = range(first, min(first + AHEAD, indices.stop))
             for row in pool.map(self._record, several):
-                progress.step()
+                progress.update()
                 if isinstance(row, BadExample):
                     report.bad.append(f"{row.id}: {row}")
                 else:
@@ -307,30 +306,3 @@ def locked(out: pathlib.Path) -> Iterator[None]:
         raise UserError(f"--out {out}: another conversion writes there; wait for it") from error
     finally:
         os.close(folder)
-
-
-class Progress:
-    """One line on stderr: how far, how fast, how long still."""
-
-    def __init__(self, total: int, what: str):
-        self._total, self._what, self._done = total, what, 0
-        self._begun = self._shown = time.monotonic()
-        self._live = sys.stderr.isatty()
-
-    def step(self, count: int = 1) -> None:
-        self._done += count
-        if time.monotonic() - self._shown > (0.5 if self._live else 30):
-            self._tell()
-
-    def end(self) -> None:
-        self._tell()
-        if self._live:
-            print(file=sys.stderr)
-
-    def _tell(self) -> None:
-        self._shown = time.monotonic()
-        rate = self._done / max(self._shown - self._begun, 1e-9)
-        left = datetime.timedelta(seconds=round((self._total - self._done) / max(rate, 1e-9)))
-        line = f"{self._done}/{self._total} {self._what}, {rate:.0f}/s, {left} left"
-        start, end = ("\r", "   ") if self._live else ("", "\n")
-        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)

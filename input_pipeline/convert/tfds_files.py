@@ -15,8 +15,9 @@ from google.protobuf.message import DecodeError
 
 from base import whole_file
 from base.errors import UserError
+from base.progress import Progress
 from base.words import nearest, one_line
-from input_pipeline.convert.conversion import Progress, config_lines, locked, save
+from input_pipeline.convert.conversion import config_lines, locked, save
 from input_pipeline.convert.writers import array_record_writer
 from input_pipeline.sources.array_record import TfExample
 
@@ -44,7 +45,7 @@ def _copied(folder: pathlib.Path, out: pathlib.Path, info: Any, splits: "Splits"
     progress = Progress(sum(count for _, count in shards), "records")
     for name, count in shards:
         _copy_records(folder / name, target / _renamed(name), count, progress)
-    progress.end()
+    progress.close()
     names = {name for name, _ in shards}
     for file in folder.iterdir():
         if file.is_file() and file.name not in names and file.name != "dataset_info.json":
@@ -106,7 +107,7 @@ def _renamed(name: str) -> str:
 
 def _copy_records(file: pathlib.Path, target: pathlib.Path, count: int, progress: Progress) -> None:
     if target.exists():  # whole: it has its name
-        progress.step(count)
+        progress.update(count)
         return
     part = target.with_name(f".{target.name}.part")
     written = 0
@@ -114,7 +115,7 @@ def _copy_records(file: pathlib.Path, target: pathlib.Path, count: int, progress
         for record in _tfrecords(records, file):
             write(record)
             written += 1
-            progress.step()
+            progress.update()
     if written != count:
         raise UserError(
             f"{file} has {written} records, but dataset_info.json says {count}; "

@@ -94,6 +94,14 @@ def test_short_work_is_silent_where_it_should_be(time, seconds, lines):
     assert stream.getvalue().count("\n") == lines
 
 
+def test_hidden_progress_shows_nothing(time):
+    stream = Terminal()
+    with Progress(2, "files", hidden=True, stream=stream, now=time) as progress:
+        time.now = 60.0
+        progress.update()
+    assert stream.getvalue() == ""
+
+
 def test_lines_can_go_to_a_function(time):
     told = []
     with Progress(2, "rows", tell=told.append, interval=0.0, now=time) as progress:

@@ -1,52 +1,39 @@
 """One readable line about a running training: a row on a terminal, lines elsewhere."""
 
 import resource
-import shutil
 import sys
 from typing import TextIO
 
 import jax
 
+from base.progress import StatusLine
+from base.words import duration
 from trainers.report.clock import Clock
 
 
 class TrainingProgress:
-    """Prints the clock's line: a single updating row on a terminal, plain lines elsewhere.
+    """The status line of a training, drawn with the numbers of its clock.
 
     It goes to stderr where that is a terminal, else to stdout; with is_main False nowhere.
     """
 
     def __init__(self, clock: Clock, *, is_main: bool = True, stream: TextIO | None = None) -> None:
         self._clock, self._is_main = clock, is_main
-        self._stream = stream or (sys.stderr if sys.stderr.isatty() else sys.stdout)
-        self._live = self._stream.isatty()
-        self._row = ""
+        self._line = StatusLine(stream or (sys.stderr if sys.stderr.isatty() else sys.stdout))
 
     def update(self, *, loss: float, lr: float) -> None:
-        """Show the clock's step. Every process may call it."""
-        if not self._is_main:
-            return
-        line = progress_line(self._clock, loss=loss, lr=lr, memory=memory())
-        if self._live:
-            self._row = line[: shutil.get_terminal_size().columns - 1]
-            self._write("\r" + self._row + "\x1b[K")
-        else:
-            self._write(line + "\n")
+        """Shows the clock's step. Every process may call it."""
+        if self._is_main:
+            self._line.show(progress_line(self._clock, loss=loss, lr=lr, memory=memory()))
 
     def note(self, text: str) -> None:
-        """Whole lines that stay, above the row."""
+        """Prints lines that stay, above the status line."""
         if self._is_main:
-            self._write(f"\r\x1b[K{text}\n{self._row}" if self._row else text + "\n")
+            self._line.note(text)
 
     def close(self) -> None:
-        """The row stays as it is; what follows begins on a line of its own."""
-        if self._row:
-            self._write("\n")
-            self._row = ""
-
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        """Ends the line, so that what follows begins on one of its own."""
+        self._line.close()
 
 
 def progress_line(clock: Clock, *, loss: float, lr: float, memory: dict[str, float]) -> str:
@@ -62,7 +49,7 @@ def progress_line(clock: Clock, *, loss: float, lr: float, memory: dict[str, flo
         f"{_count(speed)} ex/s ({_count(each)}/device)",
         "data-wait " + (f"{rates['data_wait']:.0%}" if "data_wait" in rates else "-"),
         _memory_part(memory),
-        f"ETA {'' if complete or eta is None else '>'}{_duration(eta)}",
+        f"ETA {'' if complete or eta is None else '>'}{duration(eta)}",
     ]
     return " | ".join(parts)
 
@@ -98,16 +85,3 @@ def _count(number: float | None) -> str:
     if number is None:
         return "-"
     return f"{number:,.0f}" if number >= 100 else f"{number:.1f}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02}h"
-    if hours:
-        return f"{hours}h{minutes:02}m"
-    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

@@ -7,14 +7,13 @@ import hashlib
 import json
 import os
 import pathlib
-import sys
-import time
 from typing import NamedTuple
 
 import numpy as np
 
 from base import whole_file
 from base.errors import UserError
+from base.progress import Progress
 from base.words import one_line
 from input_pipeline.errors import BadExample
 from input_pipeline.sources import storage
@@ -275,19 +274,11 @@ QUIET = 3.0  # seconds before the first line of progress
 
 def _wait(waiting: set[concurrent.futures.Future]) -> None:
     """Waits for all tasks and prints progress; raises the first error at once."""
-    begun, total, written = time.monotonic(), len(waiting), 0.0
-    live = sys.stderr.isatty()
-    while waiting:
-        done, waiting = concurrent.futures.wait(
-            waiting, timeout=min(1.0, QUIET), return_when=concurrent.futures.FIRST_EXCEPTION
-        )
-        for task in done:
-            task.result()
-        passed = time.monotonic() - begun
-        if passed < QUIET or (written and passed - written < (1 if live else 30)):
-            continue
-        written, ready = passed, total - len(waiting)
-        left = f", {passed / ready * len(waiting) / 60:.1f} minutes left" if ready else ""
-        line = f"indexing tar shards: {ready} of {total}{left}"
-        end = "\r" if live and waiting else "\n"
-        print(f"{line:<70}" if live else line, end=end, file=sys.stderr, flush=True)
+    with Progress(len(waiting), "shards", title="indexing tar: ", quiet=QUIET) as progress:
+        while waiting:
+            done, waiting = concurrent.futures.wait(
+                waiting, timeout=min(1.0, QUIET), return_when=concurrent.futures.FIRST_EXCEPTION
+            )
+            for task in done:
+                task.result()
+            progress.update(len(done))

@@ -1,6 +1,7 @@
 """Tar shards by random access: what they give, what is kept of them, what is wrong with them."""
 
 import concurrent.futures
+import functools
 import io
 import json
 import pickle
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from base.errors import UserError
+from base.progress import Progress, StatusLine
 from input_pipeline.errors import BadExample
 from input_pipeline.sources import storage
 from input_pipeline.sources.webdataset import index, tar_headers
@@ -349,28 +351,23 @@ def test_progress_is_told_when_it_takes_long(tmp_path, monkeypatch, capfd):
     put(tmp_path / "a.tar", flat(GOOD))
     WebDataset(path=str(tmp_path / "a.tar"))
     assert capfd.readouterr().err == ""
-    # The second shard is walked only when the line about the first has been printed.
-    printed, open_shard, walk = threading.Event(), index._open_shard, index.walk
+    shown, walk, show = threading.Event(), index.walk, StatusLine.show
 
-    def open_then_report(path, *rest):
-        shard = open_shard(path, *rest)
-        index.QUIET = 0.0
-        return shard
+    def show_and_note(self, text, *rest):
+        show(self, text, *rest)
+        if "1/2 shards" in text:
+            shown.set()
 
-    def print_and_note(*text, **options):
-        print(*text, **options)
-        printed.set()
-
-    monkeypatch.setattr(index, "QUIET", 1e9)
-    monkeypatch.setattr(index, "_open_shard", open_then_report)
-    monkeypatch.setattr(index, "print", print_and_note, raising=False)
+    monkeypatch.setattr(StatusLine, "show", show_and_note)
+    monkeypatch.setattr(index, "QUIET", 0.01)
+    monkeypatch.setattr(index, "Progress", functools.partial(Progress, interval=0.0))
     monkeypatch.setattr(
-        index, "walk", lambda *a: (printed.wait(60) if "1.tar" in a[0].path else 0, walk(*a))[1]
+        index, "walk", lambda *a: (shown.wait(60) if "1.tar" in a[0].path else 0, walk(*a))[1]
     )
     for shard in range(2):
         put(tmp_path / f"{shard}.tar", sample(shard))
     WebDataset(path=str(tmp_path / "{0..1}.tar"))
-    assert re.search(r"indexing tar shards: 1 of 2, 0\.0 minutes left\n", capfd.readouterr().err)
+    assert re.search(r"indexing tar: 1/2 shards, .* left\n", capfd.readouterr().err)
 
 
 def test_folder_of_indexes_can_be_chosen_and_must_be_one_to_write_to(tmp_path, monkeypatch):

@@ -33,14 +33,6 @@ def test_the_line(time):
     assert "loss nan" in line and line.endswith("ETA 35m40s")
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0s"), (59.6, "1m00s"), (61, "1m01s"), (3720, "1h02m"), (183600, "2d03h"), (None, "-")],
-)
-def test_durations_for_people(seconds, text):
-    assert progress._duration(seconds) == text
-
-
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -64,10 +56,10 @@ def test_a_terminal_has_one_row_and_the_notes_above(time, monkeypatch):
     text = show(Terminal(), time)
     rows = text.split("\n")
     assert len(rows) == 3 and rows[-1] == ""
-    assert rows[0].endswith("\r\x1b[Kretrieval: 0.5")
+    assert rows[0].split("\r")[-1] == "retrieval: 0.5"
     assert rows[1].split("\r")[-1].startswith("step  30/100")
     # A row that wraps could not be overwritten.
-    assert all(len(row.removesuffix("\x1b[K")) < 60 for line in rows for row in line.split("\r"))
+    assert all(len(row) < 60 for line in rows for row in line.split("\r"))
 
 
 def test_elsewhere_plain_lines(time):
