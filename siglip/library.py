@@ -368,7 +368,7 @@ class Model:
         size = self._size(n)
         visible = n > size and sys.stderr.isatty() if self._progress is None else self._progress
         results: list[Any] = []
-        with Progress(n, f"{unit}s", keep=False, tell=None if visible else _hide) as progress:
+        with Progress(n, f"{unit}s", keep=False, hidden=not visible) as progress:
             waiting: collections.deque[Any] = collections.deque()
 
             def take() -> None:
@@ -391,8 +391,3 @@ class Model:
         most = max(1, self._batch_size // devices)
         needed = -(-n // devices)
         return devices * min(most, 1 << (needed - 1).bit_length())
-
-
-def _hide(line: str) -> None:
-    """Shows nothing: a line of progress that nobody asked for."""
-    del line
