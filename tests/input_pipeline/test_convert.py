@@ -55,7 +55,7 @@ def run(capsys, *argv):
     return code, out.out.splitlines(), out.err
 
 
-def told(capsys, pattern, *argv, code=2):
+def assert_refused(capsys, pattern, *argv, code=2):
     result, out, error = run(capsys, *argv)
     assert result == code and not out
     assert re.search(re.escape(pattern), error), error
@@ -302,8 +302,15 @@ def test_arrays_become_png_and_examples_need_texts_or_a_label(tmp_path, capsys, 
     (example,) = examples(opened(lines))
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(example["image"]))), pixels[0])
     source._texts = [[], [], []]
-    told(capsys, "no example could be used; the first: memory/0: no caption", "--to", "parquet",
-         "memory", "--out", tmp_path / "none")  # fmt: skip
+    assert_refused(
+        capsys,
+        "no example could be used; the first: memory/0: no caption",
+        "--to",
+        "parquet",
+        "memory",
+        "--out",
+        tmp_path / "none",
+    )
 
 
 def test_labels_that_only_some_have_are_told_and_not_configured(tmp_path, capsys, monkeypatch):
@@ -360,26 +367,34 @@ def test_settings_are_of_the_type_that_the_source_wants(tmp_path, monkeypatch):
 def test_mistakes(tmp_path, capsys):
     out = ["--out", tmp_path / "out"]
     files = ["--to", "parquet", "files", *out]
-    told(capsys, "pass --out", "--to", "parquet", "files")
-    told(capsys, "pass --to; there are: array_record, parquet, webdataset, files", "files", *out)
-    told(capsys, "--to tar is not a format", "--to", "tar", "files", *out)
-    told(capsys, "--too", "--too", "parquet", "files", *out)
-    told(capsys, "the following arguments are required: source", *out)
-    told(capsys, "there is no source 'fils'; the nearest: files", "--to", "parquet", "fils", *out)
-    told(capsys, "'x.jsonl' is no setting", *files[:3], "x.jsonl", *out)
-    told(capsys, "no setting 'paht'; the nearest: path", *files[:3], "paht=x", *out)
-    told(capsys, "source files needs path=...", *files)
-    told(capsys, "there is no file", *files[:3], "path=no.jsonl", *out)
-    told(capsys, "is no folder on a local disk", *files[:3], "path=x", "--out", "gs://bucket/x")
-    told(capsys, "--shard_examples 0", *files, "--shard_examples", "0")
+    assert_refused(capsys, "pass --out", "--to", "parquet", "files")
+    assert_refused(
+        capsys, "pass --to; there are: array_record, parquet, webdataset, files", "files", *out
+    )
+    assert_refused(capsys, "--to tar is not a format", "--to", "tar", "files", *out)
+    assert_refused(capsys, "--too", "--too", "parquet", "files", *out)
+    assert_refused(capsys, "the following arguments are required: source", *out)
+    assert_refused(
+        capsys, "there is no source 'fils'; the nearest: files", "--to", "parquet", "fils", *out
+    )
+    assert_refused(capsys, "'x.jsonl' is no setting", *files[:3], "x.jsonl", *out)
+    assert_refused(capsys, "no setting 'paht'; the nearest: path", *files[:3], "paht=x", *out)
+    assert_refused(capsys, "source files needs path=...", *files)
+    assert_refused(capsys, "there is no file", *files[:3], "path=no.jsonl", *out)
+    assert_refused(
+        capsys, "is no folder on a local disk", *files[:3], "path=x", "--out", "gs://bucket/x"
+    )
+    assert_refused(capsys, "--shard_examples 0", *files, "--shard_examples", "0")
     assert not (tmp_path / "out").exists()
 
     table = write_pairs(tmp_path / "in")
     convertible = ["files", f"path={table}", "split=x"]
-    told(capsys, "in is not empty", "--to", "files", *convertible, "--out", tmp_path / "in")
-    told(capsys, "t.jsonl is a file", "--to", "files", *convertible, "--out", table)
+    assert_refused(
+        capsys, "in is not empty", "--to", "files", *convertible, "--out", tmp_path / "in"
+    )
+    assert_refused(capsys, "t.jsonl is a file", "--to", "files", *convertible, "--out", table)
     assert run(capsys, "--to", "files", *convertible, *out)[0] == 0
-    told(
+    assert_refused(
         capsys,
         "is of another conversion, to files instead of",
         "--to",
@@ -387,14 +402,30 @@ def test_mistakes(tmp_path, capsys):
         *convertible,
         *out,
     )
-    told(capsys, "shard_examples 5000 instead of 3", "--to", "files", *convertible, *out,
-         "--shard_examples", 3)  # fmt: skip
-    told(capsys, "source files", "--to", "files", *convertible, "text_column=", *out)
+    assert_refused(
+        capsys,
+        "shard_examples 5000 instead of 3",
+        "--to",
+        "files",
+        *convertible,
+        *out,
+        "--shard_examples",
+        3,
+    )
+    assert_refused(capsys, "source files", "--to", "files", *convertible, "text_column=", *out)
     (tmp_path / "out" / "conversion.json").write_text("{}")
-    told(capsys, "conversion.json is damaged", "--to", "files", *convertible, *out)
+    assert_refused(capsys, "conversion.json is damaged", "--to", "files", *convertible, *out)
     (tmp_path / "file").touch()
-    told(capsys, "run the same command again", "--to", "files", *convertible,
-         "--out", tmp_path / "file" / "out", code=1)  # fmt: skip
+    assert_refused(
+        capsys,
+        "run the same command again",
+        "--to",
+        "files",
+        *convertible,
+        "--out",
+        tmp_path / "file" / "out",
+        code=1,
+    )
 
 
 def test_the_command(tmp_path):
@@ -492,7 +523,9 @@ def test_tfds_files_become_array_record_with_equal_examples(
         assert {**other, "id": one["id"], "shard": ""} == {**one, "shard": ""}
     assert direct.class_names == ["ant", "bee"]
     assert sorted(as_tfrecord.iterdir()) == before
-    told(capsys, "is prepared already", "tfds-files", as_tfrecord, "--out", tmp_path / "new")
+    assert_refused(
+        capsys, "is prepared already", "tfds-files", as_tfrecord, "--out", tmp_path / "new"
+    )
 
 
 def test_tfds_files_go_on_after_a_kill(as_tfrecord, tmp_path, capsys, monkeypatch):
@@ -530,26 +563,26 @@ def test_damaged_tfds_files_are_named(as_tfrecord, tmp_path, capsys):
         good[:first]: f"{shard} has 1 records, but dataset_info.json says 4",
     }.items():
         shard.write_bytes(damaged)
-        told(capsys, message, *words)
+        assert_refused(capsys, message, *words)
     shard.unlink()
-    told(capsys, f"lacks {shard.name}", *words)
+    assert_refused(capsys, f"lacks {shard.name}", *words)
 
 
 def test_mistakes_with_tfds_files(as_tfrecord, prepared, tmp_path, capsys):
     out = ["--out", tmp_path / "new"]
-    told(capsys, "takes one folder", "tfds-files", *out)
-    told(capsys, "takes one folder", "tfds-files", as_tfrecord, "--to", "parquet", *out)
-    told(capsys, f"the nearest: {as_tfrecord}", "tfds-files", as_tfrecord.parent, *out)
-    told(capsys, "is no prepared TFDS data set", "tfds-files", tmp_path / "no", *out)
+    assert_refused(capsys, "takes one folder", "tfds-files", *out)
+    assert_refused(capsys, "takes one folder", "tfds-files", as_tfrecord, "--to", "parquet", *out)
+    assert_refused(capsys, f"the nearest: {as_tfrecord}", "tfds-files", as_tfrecord.parent, *out)
+    assert_refused(capsys, "is no prepared TFDS data set", "tfds-files", tmp_path / "no", *out)
     ready = prepared / "tiny" / "1.2.0"
-    told(capsys, "is prepared as array_record; only tfrecord", "tfds-files", ready, *out)
+    assert_refused(capsys, "is prepared as array_record; only tfrecord", "tfds-files", ready, *out)
     info = as_tfrecord / "dataset_info.json"
     text = info.read_text()
     for key, value in {"name": "tiny", "version": "1.2.0"}.items():
         info.write_text(text.replace(f'"{key}": "{value}"', f'"{key}": "../{value}"'))
-        told(capsys, "../", "tfds-files", as_tfrecord, *out)
+        assert_refused(capsys, "../", "tfds-files", as_tfrecord, *out)
     info.write_text(text[:-5])
-    told(capsys, "cannot be read as TFDS files", "tfds-files", as_tfrecord, *out)
+    assert_refused(capsys, "cannot be read as TFDS files", "tfds-files", as_tfrecord, *out)
     assert not (tmp_path / "new").exists()
 
 

@@ -53,7 +53,7 @@ def write(path, data, group=1):
     return str(path)
 
 
-def told(pattern, **kw):
+def assert_refused(pattern, **kw):
     with pytest.raises(UserError, match=re.escape(pattern)) as error:
         ArrayRecord(**kw)
     assert "\n" not in str(error.value)
@@ -135,7 +135,7 @@ def test_class_names_stand_beside_the_files(tmp_path):
     assert ArrayRecord(path=path, label="label").class_names == ["ant", "bee", "Äsche"]
     assert ArrayRecord(path=path).class_names is None
     (tmp_path / "label.labels.txt").write_bytes(b"\xff")
-    told("label.labels.txt cannot be read", path=path, label="label")
+    assert_refused("label.labels.txt cannot be read", path=path, label="label")
 
 
 @pytest.mark.parametrize("open_at_once", [256, 1])
@@ -174,10 +174,12 @@ def test_files_at_urls_are_copied_once(tmp_path, monkeypatch):
 
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
-    told("set `cache` to a larger disk", path=given["path"], cache=str(tmp_path / "small"))
+    assert_refused(
+        "set `cache` to a larger disk", path=given["path"], cache=str(tmp_path / "small")
+    )
     monkeypatch.undo()
     monkeypatch.setattr(array_record.Blob, "read", lambda self, size, offset: b"short")
-    told("cannot be copied to", path=given["path"], cache=str(tmp_path / "short"))
+    assert_refused("cannot be copied to", path=given["path"], cache=str(tmp_path / "short"))
     assert not list((tmp_path / "short").iterdir())
 
 
@@ -237,25 +239,31 @@ def test_mutated_records_parse_or_are_bad_examples(tmp_path):
 
 def test_mistakes(tmp_path):
     path = write(tmp_path / "x", records(0, 5))
-    told("has no feature image='imag'; the nearest: image", path=path, image="imag")
-    told("has no feature text='captions'; the nearest: caption", path=path, text="captions")
-    told("feature image='label' of", path=path, image="label")
-    told("is int64_list, not bytes_list", path=path, text="label")
-    told("feature label='caption' of", path=path, label="caption")
-    told("is float_list, not int64_list", path=path, label="height")
-    told("has no feature language='lang'", path=path, language="lang")
-    told("text=('caption', 1.0) is neither a name nor pairs", path=path, text=("caption", 1.0))
-    told("no file matches", path=str(tmp_path / "*.no"))
-    told("no.array_record cannot be read", path=str(tmp_path / "no.array_record"))
-    told("has no records", path=write(tmp_path / "e", []))
-    told("are not tf.train.Example", path=write(tmp_path / "t", [b"some text"] * 3))
+    assert_refused("has no feature image='imag'; the nearest: image", path=path, image="imag")
+    assert_refused(
+        "has no feature text='captions'; the nearest: caption", path=path, text="captions"
+    )
+    assert_refused("feature image='label' of", path=path, image="label")
+    assert_refused("is int64_list, not bytes_list", path=path, text="label")
+    assert_refused("feature label='caption' of", path=path, label="caption")
+    assert_refused("is float_list, not int64_list", path=path, label="height")
+    assert_refused("has no feature language='lang'", path=path, language="lang")
+    assert_refused(
+        "text=('caption', 1.0) is neither a name nor pairs", path=path, text=("caption", 1.0)
+    )
+    assert_refused("no file matches", path=str(tmp_path / "*.no"))
+    assert_refused("no.array_record cannot be read", path=str(tmp_path / "no.array_record"))
+    assert_refused("has no records", path=write(tmp_path / "e", []))
+    assert_refused("are not tf.train.Example", path=write(tmp_path / "t", [b"some text"] * 3))
     data = pathlib.Path(path).read_bytes()
     for damaged in (data[:-1], data[: len(data) // 2], data[:10], b"", b"\0" * 200_000):
         (tmp_path / "d").write_bytes(damaged)
-        told(f"{tmp_path}/d cannot be read as an ArrayRecord file", path=str(tmp_path / "d"))
+        assert_refused(
+            f"{tmp_path}/d cannot be read as an ArrayRecord file", path=str(tmp_path / "d")
+        )
     (tmp_path / "file").touch()
     fsspec.filesystem("memory").pipe("/mistake/x", data)
-    told("cannot be made", path="memory:///mistake/x", cache=str(tmp_path / "file"))
+    assert_refused("cannot be made", path="memory:///mistake/x", cache=str(tmp_path / "file"))
 
 
 def test_reading_imports_no_tensorflow(tmp_path):

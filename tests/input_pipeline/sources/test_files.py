@@ -49,7 +49,7 @@ def put_zip(path, names="abc"):
             z.writestr(f"{name}.png", f"bytes of {name}")
 
 
-def told(pattern, **kw):
+def assert_refused(pattern, **kw):
     with pytest.raises(UserError, match=re.escape(pattern)) as error:
         Files(**kw)
     assert "\n" not in str(error.value)
@@ -164,44 +164,50 @@ def test_many_threads_read_one_zip_file(tmp_path):
 
 
 def test_table_mistakes(tmp_path):
-    told("there is no file", path=str(tmp_path / "none.jsonl"))
-    told("give a .jsonl, .csv or .tsv file", path=str(tmp_path / "t.parquet"))
+    assert_refused("there is no file", path=str(tmp_path / "none.jsonl"))
+    assert_refused("give a .jsonl, .csv or .tsv file", path=str(tmp_path / "t.parquet"))
     (tmp_path / "empty.jsonl").write_text("\n")
-    told("empty.jsonl has no rows", path=str(tmp_path / "empty.jsonl"))
+    assert_refused("empty.jsonl has no rows", path=str(tmp_path / "empty.jsonl"))
     (tmp_path / "empty.csv").write_text("")
-    told("empty.csv has no rows", path=str(tmp_path / "empty.csv"))
+    assert_refused("empty.csv has no rows", path=str(tmp_path / "empty.csv"))
     (tmp_path / "a.jsonl").write_text('{"image": "a.png"}\n{"image"\n')
-    told("a.jsonl line 2 is not JSON", path=str(tmp_path / "a.jsonl"))
+    assert_refused("a.jsonl line 2 is not JSON", path=str(tmp_path / "a.jsonl"))
     (tmp_path / "b.jsonl").write_text("[1]\n")
-    told("b.jsonl line 1 is not a JSON object", path=str(tmp_path / "b.jsonl"))
+    assert_refused("b.jsonl line 1 is not a JSON object", path=str(tmp_path / "b.jsonl"))
     (tmp_path / "c.csv").write_text('image,caption\na.png,"x\ny"\nb.png,x,y\n')
-    told("c.csv line 4 has 3 values, but the first line names 2", path=str(tmp_path / "c.csv"))
+    assert_refused(
+        "c.csv line 4 has 3 values, but the first line names 2", path=str(tmp_path / "c.csv")
+    )
     (tmp_path / "d.csv").write_text('image,caption\na.png,"x\n')
-    told("d.csv line 2 cannot be read", path=str(tmp_path / "d.csv"))
+    assert_refused("d.csv line 2 cannot be read", path=str(tmp_path / "d.csv"))
     (tmp_path / "f.csv").write_text('image,caption\na.png,"' + "x\n" * 100_000)
-    told("cannot be read (field larger than", path=str(tmp_path / "f.csv"))  # a quote not closed
+    assert_refused(
+        "cannot be read (field larger than", path=str(tmp_path / "f.csv")
+    )  # a quote not closed
     (tmp_path / "e.tsv").write_bytes("image\tcaption\na.png\tHündin\n".encode("latin-1"))
-    told("e.tsv is not UTF-8", path=str(tmp_path / "e.tsv"))
+    assert_refused("e.tsv is not UTF-8", path=str(tmp_path / "e.tsv"))
 
 
 def test_column_caption_and_label_mistakes(tmp_path):
     path = write(tmp_path / "t.jsonl", ROWS)
-    told("t.jsonl has no column 'captoin'; the nearest: caption", path=path, text_column="captoin")
-    told("t.jsonl has no column 'img'; the nearest: image", path=path, image_column="img")
-    told("t.jsonl has no column 'knd'; the nearest: kind", path=path, label_column="knd")
+    assert_refused(
+        "t.jsonl has no column 'captoin'; the nearest: caption", path=path, text_column="captoin"
+    )
+    assert_refused("t.jsonl has no column 'img'; the nearest: image", path=path, image_column="img")
+    assert_refused("t.jsonl has no column 'knd'; the nearest: kind", path=path, label_column="knd")
     rows = [dict(ROWS[0]) for _ in range(9)]
     for i in (1, 2):
         rows[i]["caption"] = " "
     path = write(tmp_path / "e.jsonl", rows)
-    told("e.jsonl: no caption in 'caption' in lines 2, 3;", path=path)
+    assert_refused("e.jsonl: no caption in 'caption' in lines 2, 3;", path=path)
     for i, caption in enumerate([None, 3, [], ["a", ""], {}, "", ["a", 1]]):
         rows[i]["caption"] = caption
     path = write(tmp_path / "f.jsonl", rows)
-    told("no caption in 'caption' in lines 1, 2, 3, 4, 5 and 2 more;", path=path)
+    assert_refused("no caption in 'caption' in lines 1, 2, 3, 4, 5 and 2 more;", path=path)
     path = write(tmp_path / "g.jsonl", [ROWS[0], {**ROWS[1], "image": None}])
-    told("g.jsonl: no image in 'image' in line 2;", path=path)
+    assert_refused("g.jsonl: no image in 'image' in line 2;", path=path)
     path = write(tmp_path / "h.jsonl", [ROWS[0], {**ROWS[1], "kind": None}])
-    told("h.jsonl: no class in 'kind' in line 2;", path=path, label_column="kind")
+    assert_refused("h.jsonl: no class in 'kind' in line 2;", path=path, label_column="kind")
 
 
 def test_no_split_takes_every_row(tmp_path):
@@ -215,26 +221,32 @@ def test_no_split_takes_every_row(tmp_path):
 
 def test_split_mistakes(tmp_path):
     path = write(tmp_path / "t.jsonl", ROWS)
-    told("t.jsonl has no rows of split 'vall'; the nearest: val", path=path, split="vall")
+    assert_refused("t.jsonl has no rows of split 'vall'; the nearest: val", path=path, split="vall")
     plain = [{"image": "a.png", "caption": "x"}]
     path = write(tmp_path / "p.jsonl", plain)
-    told("so all of it is split 'train'; for 'val' add the column", path=path, split="val")
+    assert_refused(
+        "so all of it is split 'train'; for 'val' add the column", path=path, split="val"
+    )
     path = write(tmp_path / "m.jsonl", [*ROWS, *plain])
-    told("m.jsonl: no split in 'split' in line 4;", path=path)
+    assert_refused("m.jsonl: no split in 'split' in line 4;", path=path)
 
 
 def test_missing_images_are_found_at_the_start(tmp_path):
     path = write(tmp_path / "t.jsonl", ROWS)
-    told(f"line 1: there is no image {tmp_path / 'a.png'}; names are relative to", path=path)
-    told("images='nowhere' is neither a folder nor a zip file", path=path, images="nowhere")
+    assert_refused(
+        f"line 1: there is no image {tmp_path / 'a.png'}; names are relative to", path=path
+    )
+    assert_refused(
+        "images='nowhere' is neither a folder nor a zip file", path=path, images="nowhere"
+    )
     put_zip(tmp_path / "i.zip", "a")
     kw = {"path": path, "images": str(tmp_path / "i.zip")}
-    told("line 2: ", **kw)
-    told("i.zip has no member 'b.png'; the nearest: a.png", **kw)
+    assert_refused("line 2: ", **kw)
+    assert_refused("i.zip has no member 'b.png'; the nearest: a.png", **kw)
     path = write(tmp_path / "z.jsonl", [{"image": "no.zip/a.png", "caption": "x"}])
-    told("no.zip cannot be read", path=path)
+    assert_refused("no.zip cannot be read", path=path)
     (tmp_path / "bad.zip").write_bytes(b"x")
-    told("bad.zip cannot be read as a zip", path=path, images=str(tmp_path / "bad.zip"))
+    assert_refused("bad.zip cannot be read as a zip", path=path, images=str(tmp_path / "bad.zip"))
 
 
 def test_a_table_and_its_images_behind_urls(tmp_path):
@@ -308,8 +320,12 @@ def test_language_mistakes(tmp_path):
     put_images(tmp_path)
     path = write(tmp_path / "t.jsonl", LANGUAGES)
     settings = {"path": path, "language_column": "lang"}
-    told("no captions in language 'eng'; the nearest: en", **settings, languages=("de", "eng"))
-    told("set `language_column`", path=path, languages=("en",))
+    assert_refused(
+        "no captions in language 'eng'; the nearest: en", **settings, languages=("de", "eng")
+    )
+    assert_refused("set `language_column`", path=path, languages=("en",))
     rows = [LANGUAGES[0], {**LANGUAGES[1], "lang": ["de", "en"]}]
     path = write(tmp_path / "u.jsonl", rows)
-    told("not one language for each caption in 'lang' in line 2", path=path, language_column="lang")
+    assert_refused(
+        "not one language for each caption in 'lang' in line 2", path=path, language_column="lang"
+    )

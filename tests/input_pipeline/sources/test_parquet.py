@@ -49,7 +49,7 @@ def write(path, data, group=10, names=None, **kw):
     return str(path)
 
 
-def told(pattern, **kw):
+def assert_refused(pattern, **kw):
     with pytest.raises(UserError, match=re.escape(pattern)) as error:
         Parquet(**kw)
     assert "\n" not in str(error.value)
@@ -202,7 +202,7 @@ def test_classes_and_their_names(tmp_path):
     assert bad(source, 3).kind == "damaged record"
     assert Parquet(path=path).class_names is None
     other = write(tmp_path / "u.parquet", columns(0, 4, label=label), names=["bee", "ant"])
-    told("has other classes of 'label'", path=(path, other), label="label")
+    assert_refused("has other classes of 'label'", path=(path, other), label="label")
     plain = write(tmp_path / "v.parquet", columns(0, 4, label=label))
     assert Parquet(path=plain, label="label").class_names is None
 
@@ -334,27 +334,33 @@ def test_mutated_files_give_errors_that_are_told(tmp_path):
 def test_mistakes(tmp_path):
     label = pa.array([1.0, 2.0])
     path = write(tmp_path / "t.parquet", columns(0, 2, label=label))
-    told("has no column image='imag'; the nearest: image", path=path, image="imag")
-    told("has no column text='captions'; the nearest: caption", path=path, text="captions")
-    told("has no column text='x'; there are: ", path=path, text=(("x", 1.0),))
-    told("column image='label'", path=path, image="label")
-    told("is double, not struct{bytes, path}, binary or string", path=path, image="label")
-    told("text='image' of", path=path, text="image")
-    told("text='wide' of", path=path, text="wide")
-    told("label='caption' of", path=path, label="caption")
-    told("label='label' of", path=path, label="label")
-    told("has no column language='lang'", path=path, language="lang")
-    told("language='label' of", path=path, language="label")
-    told("window=0", path=path, window=0)
+    assert_refused("has no column image='imag'; the nearest: image", path=path, image="imag")
+    assert_refused(
+        "has no column text='captions'; the nearest: caption", path=path, text="captions"
+    )
+    assert_refused("has no column text='x'; there are: ", path=path, text=(("x", 1.0),))
+    assert_refused("column image='label'", path=path, image="label")
+    assert_refused("is double, not struct{bytes, path}, binary or string", path=path, image="label")
+    assert_refused("text='image' of", path=path, text="image")
+    assert_refused("text='wide' of", path=path, text="wide")
+    assert_refused("label='caption' of", path=path, label="caption")
+    assert_refused("label='label' of", path=path, label="label")
+    assert_refused("has no column language='lang'", path=path, language="lang")
+    assert_refused("language='label' of", path=path, language="label")
+    assert_refused("window=0", path=path, window=0)
     for text in (("caption", 1.0), (("caption", 0.0),), (("caption", -1.0), ("wide", 2.0)), 3):
-        told("is neither a name nor pairs", path=path, text=text)
-    told("is neither a name nor pairs", path=path, text=(("caption", float("nan")),))
-    told("no file matches", path=str(tmp_path / "*.pq"))
-    told("no.parquet cannot be read", path=str(tmp_path / "no.parquet"))
+        assert_refused("is neither a name nor pairs", path=path, text=text)
+    assert_refused("is neither a name nor pairs", path=path, text=(("caption", float("nan")),))
+    assert_refused("no file matches", path=str(tmp_path / "*.pq"))
+    assert_refused("no.parquet cannot be read", path=str(tmp_path / "no.parquet"))
     data = (tmp_path / "t.parquet").read_bytes()
     for damaged in (data[:-1], data[: len(data) // 2], b"", b"PAR1", data[:-12] + b"\0" * 12):
         (tmp_path / "d.parquet").write_bytes(damaged)
-        told("d.parquet cannot be read as a Parquet file", path=str(tmp_path / "d.parquet"))
-    told("has no rows", path=write(tmp_path / "e.parquet", columns(0, 0)))
+        assert_refused(
+            "d.parquet cannot be read as a Parquet file", path=str(tmp_path / "d.parquet")
+        )
+    assert_refused("has no rows", path=write(tmp_path / "e.parquet", columns(0, 0)))
     names = {"image": pa.array(["no.png"]), "caption": pa.array(["a"])}
-    told("no.png, which does not exist; set `images`", path=write(tmp_path / "n.parquet", names))
+    assert_refused(
+        "no.png, which does not exist; set `images`", path=write(tmp_path / "n.parquet", names)
+    )

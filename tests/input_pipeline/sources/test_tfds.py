@@ -100,7 +100,7 @@ def number(example, image="image"):
     return int(decode(example["image"])[0, 0, 0])
 
 
-def told(pattern, **kw):
+def assert_refused(pattern, **kw):
     with pytest.raises(UserError, match=re.escape(pattern)) as error:
         Tfds(**kw)
     assert "\n" not in str(error.value)
@@ -167,28 +167,32 @@ def test_many_threads_read(data_dir):
 
 def test_mistakes(data_dir, tmp_path):
     given = {"dataset": "tiny_captions", "data_dir": data_dir}
-    told("tiny_caption is not prepared in", dataset="tiny_caption", data_dir=data_dir)
-    told("the nearest: tiny_captions", dataset="tiny_caption", data_dir=data_dir)
-    told("file_format='array_record').download_and_prepare()", dataset="x", data_dir=str(tmp_path))
-    told("has no split 'valid'; the nearest: val", **given, split="valid")
-    told(
+    assert_refused("tiny_caption is not prepared in", dataset="tiny_caption", data_dir=data_dir)
+    assert_refused("the nearest: tiny_captions", dataset="tiny_caption", data_dir=data_dir)
+    assert_refused(
+        "file_format='array_record').download_and_prepare()", dataset="x", data_dir=str(tmp_path)
+    )
+    assert_refused("has no split 'valid'; the nearest: val", **given, split="valid")
+    assert_refused(
         "has no feature text='captions/txt'; the nearest: captions/text",
         **given,
         text="captions/txt",
     )
-    told(
+    assert_refused(
         "has no feature text='captions/text'; ",
         dataset="tiny_classes",
         data_dir=data_dir,
         split="validation",
         text="captions/text",
     )
-    told("has no feature image='imag'; the nearest: image", **given, image="imag")
-    told("image='title' of tiny_captions is not an image", **given, image="title")
-    told("text='image' of tiny_captions is not text", **given, text="image")
-    told("text='captions' of tiny_captions is not text", **given, text="captions")
-    told("label='title' of tiny_captions is not a class", **given, label="title")
-    told("label='captions/id' of tiny_captions is not a class", **given, label="captions/id")
+    assert_refused("has no feature image='imag'; the nearest: image", **given, image="imag")
+    assert_refused("image='title' of tiny_captions is not an image", **given, image="title")
+    assert_refused("text='image' of tiny_captions is not text", **given, text="image")
+    assert_refused("text='captions' of tiny_captions is not text", **given, text="captions")
+    assert_refused("label='title' of tiny_captions is not a class", **given, label="title")
+    assert_refused(
+        "label='captions/id' of tiny_captions is not a class", **given, label="captions/id"
+    )
 
 
 def flip(data):
@@ -218,7 +222,7 @@ def test_tfrecord_is_refused_with_what_to_do(data_dir, tmp_path):
     shutil.copytree(pathlib.Path(data_dir) / "tiny_classes", tmp_path / "tiny_classes")
     info = tmp_path / "tiny_classes" / "1.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    told(
+    assert_refused(
         "is prepared as tfrecord, which has no random access; prepare it again:",
         dataset="tiny_classes",
         data_dir=str(tmp_path),

@@ -73,7 +73,7 @@ def put(path, members, **kw):
     return str(path)
 
 
-def told(pattern, **kw):
+def assert_refused(pattern, **kw):
     with pytest.raises(UserError, match=re.escape(pattern)) as error:
         WebDataset(**kw)
     assert "\n" not in str(error.value)
@@ -384,10 +384,10 @@ def test_folder_of_indexes_can_be_chosen_and_must_be_one_to_write_to(tmp_path, m
     storage.keep_indexes_in(str(tmp_path / "z"))
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", full)
-        told("takes no index: [Errno 28] No space left on device", path=path)
+        assert_refused("takes no index: [Errno 28] No space left on device", path=path)
     assert not list((tmp_path / "z").iterdir())
     storage.keep_indexes_in(path)  # a file
-    told("indexes cannot be kept in", path=path)
+    assert_refused("indexes cannot be kept in", path=path)
 
 
 def test_100_000_tiny_members_take_little_time_memory_and_reads(tmp_path, monkeypatch):
@@ -514,9 +514,9 @@ def test_nothing_is_unpickled(tmp_path):
     pickle.loads(evil)
     assert touched.exists()  # it would have shown
     for suffix in ("pkl", "pyd", "npy"):
-        told("is no image", path="x.tar", image=("jpg", suffix))
-        told("hold no text", path="x.tar", captions=((suffix, 1.0),))
-        told("hold no text", path="x.tar", label=f"a.{suffix}")
+        assert_refused("is no image", path="x.tar", image=("jpg", suffix))
+        assert_refused("hold no text", path="x.tar", captions=((suffix, 1.0),))
+        assert_refused("hold no text", path="x.tar", label=f"a.{suffix}")
 
 
 def test_of_a_suffix_that_comes_twice_the_first_is_taken(tmp_path):
@@ -698,8 +698,8 @@ def test_a_shard_without_samples_is_a_warning_and_no_shard_with_samples_an_error
         "4.tar has no usable sample: ends without the zeros that close a tar file, at byte 0",
     ]
     path = str(tmp_path / "{2..3}.tar")
-    told("(damaged record: 1, no caption: 1, no image: 1)", path=path)
-    told("members end in jpg, text; set `image` and `captions`", path=path)
+    assert_refused("(damaged record: 1, no caption: 1, no image: 1)", path=path)
+    assert_refused("members end in jpg, text; set `image` and `captions`", path=path)
 
 
 def test_many_bad_shards_are_few_lines(tmp_path, caplog):
@@ -714,32 +714,32 @@ def test_many_bad_shards_are_few_lines(tmp_path, caplog):
 def test_compressed_tars_are_refused_whatever_their_name(tmp_path, mode):
     with tarfile.open(tmp_path / "a.tar", f"w:{mode}") as tar_headers:
         tar_headers.addfile(tarfile.TarInfo("a.jpg"))
-    told("a.tar is compressed, which has no random access", path=str(tmp_path / "a.tar"))
+    assert_refused("a.tar is compressed, which has no random access", path=str(tmp_path / "a.tar"))
 
 
 def test_mistakes_in_the_settings(tmp_path):
     path = put(tmp_path / "a.tar", flat(GOOD))
-    told("no file matches", path=str(tmp_path / "x*.tar"))
-    told(f"{tmp_path}/1.tar cannot be read", path=(path, str(tmp_path / "{1..1}.tar")))
-    told("pipe: is not read", path="pipe:cat a.tar")
-    told("'jgp' is no image; the nearest: jpg", path=path, image=("jgp",))
-    told("image='jpg' is no list", path=path, image="jpg")
-    told("'txt' is no (name, probability)", path=path, captions=("txt", 1.0))
-    told("'txt' is no (name, probability)", path=path, captions="txt")
+    assert_refused("no file matches", path=str(tmp_path / "x*.tar"))
+    assert_refused(f"{tmp_path}/1.tar cannot be read", path=(path, str(tmp_path / "{1..1}.tar")))
+    assert_refused("pipe: is not read", path="pipe:cat a.tar")
+    assert_refused("'jgp' is no image; the nearest: jpg", path=path, image=("jgp",))
+    assert_refused("image='jpg' is no list", path=path, image="jpg")
+    assert_refused("'txt' is no (name, probability)", path=path, captions=("txt", 1.0))
+    assert_refused("'txt' is no (name, probability)", path=path, captions="txt")
     for weight in (0, -1, "1", True, float("nan"), float("inf")):
-        told("'txt' has no probability above 0", path=path, captions=(("txt", weight),))
-    told("'json' needs the key", path=path, captions=(("json", 1.0),))
-    told("'a/b' is neither a suffix nor", path=path, captions=(("a/b", 1.0),))
-    told("language='cls' is no 'json.KEY'", path=path, language="cls")
+        assert_refused("'txt' has no probability above 0", path=path, captions=(("txt", weight),))
+    assert_refused("'json' needs the key", path=path, captions=(("json", 1.0),))
+    assert_refused("'a/b' is neither a suffix nor", path=path, captions=(("a/b", 1.0),))
+    assert_refused("language='cls' is no 'json.KEY'", path=path, language="cls")
 
 
 def test_misspelt_keys_show_at_the_start(tmp_path, caplog):
     fields = json.dumps({"caption": "x", "language": "en", "y": 1}).encode()
     path = put(tmp_path / "a.tar", flat(sample(i, json=fields) for i in range(3)))
     message = "has a key 'captoin'; the nearest: caption"
-    told(message, path=path, captions=(("json.captoin", 1.0),))
-    told("has a key 'lang'; the nearest: language", path=path, language="json.lang")
-    told("has a key 'z'; there are: caption, language, y", path=path, label="json.z")
+    assert_refused(message, path=path, captions=(("json.captoin", 1.0),))
+    assert_refused("has a key 'lang'; the nearest: language", path=path, language="json.lang")
+    assert_refused("has a key 'z'; there are: caption, language, y", path=path, label="json.z")
     WebDataset(path=path, captions=(("txt", 1.0), ("json.captoin", 1.0)))
     assert message in caplog.text
 
