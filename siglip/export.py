@@ -26,7 +26,8 @@ from jax import export as jax_export
 from jaxtyping import Array
 
 from base import command_line, whole_file
-from siglip.checkpoints import adapt, read, spec
+from siglip.checkpoints import adapt, read
+from siglip.checkpoints import spec as contract
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files import safetensors_file
 from siglip.checkpoints.files.lazy_array import LazyArray
@@ -70,7 +71,8 @@ arguments are the arrays of the .safetensors sorted by name, then the inputs as 
 
 
 class Options(NamedTuple):
-    """
+    """What an export holds.
+
     Attributes:
       dtype: of matmuls. float32 has the highest precision on every platform: no TF32 on GPUs, no
         passes of bfloat16 on TPUs.
@@ -88,12 +90,14 @@ class Options(NamedTuple):
 
 
 def export(weights: Weights, folder: pathlib.Path, options: Options) -> dict[str, float]:
-    """Writes the folder; 'image' and 'text' -> the largest difference from the Flax model.
+    """Writes the folder, and returns the largest difference from the Flax model by tower.
+
+    The keys of the result are 'image' and 'text', or one of them.
 
     Raises:
       CheckpointError: the folder is there already, the weights do not fit their model or are
         damaged, or what was exported is not equal to the model. Then no folder is left.
-      ValueError: an option is none, or this process cannot export. One line.
+      ValueError: an option has an invalid value, or this process cannot export. One line.
     """
     check(folder, options)
     weights.check()
@@ -110,7 +114,7 @@ def export(weights: Weights, folder: pathlib.Path, options: Options) -> dict[str
 
 
 def check(folder: pathlib.Path, options: Options) -> None:
-    """Raises CheckpointError or ValueError, one line, for what needs no weights to be wrong."""
+    """Raises CheckpointError or ValueError, one line, for mistakes that show without weights."""
     if folder.exists():
         raise CheckpointError(f"{folder} is there already; choose another name, or delete it")
     unknown = [platform for platform in options.platforms if platform not in PLATFORMS]
@@ -138,12 +142,12 @@ def arrays_of(weights: Weights, name: str) -> dict[str, Any]:
     return {n: x for n, x in weights.arrays.items() if n.startswith(f"{TOWERS[name]}/")}
 
 
-def embed(made: Spec, name: str, dtype: str) -> Callable[..., Array]:
+def embed(spec: Spec, name: str, dtype: str) -> Callable[..., Array]:
     """(arrays by name, *inputs [n, ...]) -> unit-norm embeddings, float32 [n, d]."""
-    model = made.make_model(dtype=dtype)
+    model = spec.make_model(dtype=dtype)
 
     def apply(arrays: dict[str, Array], *inputs: Array) -> Array:
-        # Temperature and bias are no matter of embeddings, but the model wants to see them.
+        # Embeddings depend on neither temperature nor bias, but the model reads both.
         params: dict[str, Any] = {"t": jnp.zeros(1), "b": jnp.zeros(1)}
         for array_name, array in arrays.items():
             insert(params, array_name, array)
@@ -153,14 +157,17 @@ def embed(made: Spec, name: str, dtype: str) -> Callable[..., Array]:
     return apply
 
 
-def exported_program(made: Spec, name: str, dtype: str) -> jax.stages.Wrapped:
-    return jax.jit(embed(made, name, dtype))
+def exported_program(spec: Spec, name: str, dtype: str) -> jax.stages.Wrapped:
+    return jax.jit(embed(spec, name, dtype))
 
 
-def inputs_of(made: Spec, name: str, pixels: str, n: Any, l: Any) -> list[jax.ShapeDtypeStruct]:
-    """What a program takes after its weights: texts [n, token_len], images [n, res, res, 3], or for
-    NaFlex values [n, l, p * p * 3], mask [n, l] and shape [n, 2]."""
-    image, text = made.inputs()
+def inputs_of(spec: Spec, name: str, pixels: str, n: Any, l: Any) -> list[jax.ShapeDtypeStruct]:
+    """Shapes of a program's arguments after its weights.
+
+    Texts [n, token_len], images [n, res, res, 3], or for NaFlex values [n, l, p * p * 3],
+    mask [n, l] and shape [n, 2].
+    """
+    image, text = spec.inputs()
     if name == "text":
         return [jax.ShapeDtypeStruct((n, *text.shape[1:]), np.int32)]
     if isinstance(image, Patches):
@@ -172,9 +179,9 @@ def inputs_of(made: Spec, name: str, pixels: str, n: Any, l: Any) -> list[jax.Sh
     return [jax.ShapeDtypeStruct((n, *image.shape[1:]), pixels)]
 
 
-def positions_of(made: Spec) -> int:
-    """Patches that a NaFlex tower has positions for."""
-    return ((made.img or {}).get("naflex_grid") or 0) ** 2
+def positions_of(spec: Spec) -> int:
+    """Number of patches in the grid of a NaFlex tower's positions; 0 for other towers."""
+    return ((spec.img or {}).get("naflex_grid") or 0) ** 2
 
 
 def precision(dtype: str) -> Any:
@@ -186,15 +193,15 @@ def precision(dtype: str) -> Any:
 
 def write_tower(weights: Weights, name: str, folder: pathlib.Path, options: Options) -> None:
     """name.stablehlo, name.mlir and name.safetensors."""
-    made, leaves = weights.spec, arrays_of(weights, name)
+    spec, leaves = weights.spec, arrays_of(weights, name)
     arrays = {n: jax.ShapeDtypeStruct(leaf.shape, np.float32) for n, leaf in leaves.items()}
-    any_size = inputs_of(made, name, options.pixels, *jax_export.symbolic_shape("n, l"))
-    fixed_size = inputs_of(made, name, options.pixels, options.batch, positions_of(made))
+    any_size = inputs_of(spec, name, options.pixels, *jax_export.symbolic_shape("n, l"))
+    fixed_size = inputs_of(spec, name, options.pixels, options.batch, positions_of(spec))
     with precision(options.dtype):
-        program = exported_program(made, name, options.dtype)
+        program = exported_program(spec, name, options.dtype)
         exported = jax_export.export(program, platforms=options.platforms)(arrays, *any_size)
         # For several platforms, or any size, main() has arguments and calls that are jax's own.
-        program = exported_program(made, name, options.dtype)
+        program = exported_program(spec, name, options.dtype)
         plain = jax_export.export(program, platforms=["cpu"])(arrays, *fixed_size)
     (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
     if options.text:
@@ -208,16 +215,16 @@ def write_contract(
     weights: Weights, names: Sequence[str], folder: pathlib.Path, options: Options
 ) -> None:
     """siglip.json, README.txt, and scalars.json where there is a temperature."""
-    made, leaves = weights.spec, weights.arrays
-    made = spec.with_tokenizer_beside(made, folder / spec.FILE)
-    spec.save(made, folder / spec.FILE)
+    spec, leaves = weights.spec, weights.arrays
+    spec = contract.with_tokenizer_beside(spec, folder / contract.FILE)
+    contract.save(spec, folder / contract.FILE)
     lines = []
     for name in names:
-        inputs = inputs_of(made, name, options.pixels, *jax_export.symbolic_shape("n, l"))
+        inputs = inputs_of(spec, name, options.pixels, *jax_export.symbolic_shape("n, l"))
         arguments = "values, mask, shape" if len(inputs) == 3 else f"{name}s"
         shapes = ", ".join(f"{x.dtype}[{', '.join(map(str, x.shape))}]" for x in inputs)
         lines.append(f'z{TOWERS[name]} = tower("{name}")({arguments})')
-        lines.append(f"# {shapes} -> float32[n, {made.embedding_dim}], unit norm")
+        lines.append(f"# {shapes} -> float32[n, {spec.embedding_dim}], unit norm")
     if "t" in leaves:
         t = float(np.exp(leaves["t"].read().item()))
         b = float(leaves["b"].read().item()) if "b" in leaves else 0.0
@@ -240,24 +247,24 @@ def write_contract(
 
 
 def compare(weights: Weights, name: str, folder: pathlib.Path, options: Options) -> float:
-    """The largest difference between the files of a tower and the Flax model.
+    """The largest difference between the embeddings of an exported tower and of the Flax model.
 
     Raises:
-      CheckpointError: it is more than LIMIT, or the model gives numbers that are none.
+      CheckpointError: it is more than LIMIT, or the model's embeddings are not finite.
     """
-    made = weights.spec
-    batches = [random_inputs(made, name, options.pixels, n) for n in BATCHES]
+    spec = weights.spec
+    batches = [random_inputs(spec, name, options.pixels, n) for n in BATCHES]
 
     # One after the other, so that the weights are in memory once.
     with precision(options.dtype):
-        model = jax.jit(embed(made, name, options.dtype))
+        model = jax.jit(embed(spec, name, options.dtype))
         expected = _run(model, arrays_of(weights, name), batches)
     program = jax_export.deserialize(bytearray((folder / f"{name}.stablehlo").read_bytes()))
-    found = _run(program.call, safetensors_file.read(folder / f"{name}.safetensors"), batches)
+    exported = _run(program.call, safetensors_file.read(folder / f"{name}.safetensors"), batches)
 
     if not np.isfinite(expected).all():
         raise CheckpointError(f"{weights.source}: its {name} embeddings are not finite numbers")
-    difference = float(np.max(np.abs(found - expected)))
+    difference = float(np.max(np.abs(exported - expected)))
     if not difference <= LIMIT:  # nor NaN
         raise CheckpointError(
             f"the exported {name} tower differs from the model by {difference:.1e}, more than "
@@ -271,14 +278,14 @@ def _run(program: Callable, leaves: Mapping[str, LazyArray], batches: list) -> n
     return np.concatenate([program(arrays, *inputs) for inputs in batches])
 
 
-def random_inputs(made: Spec, name: str, pixels: str, n: int) -> list[np.ndarray]:
-    """Noise; for NaFlex as many patches as fit n times into those there are positions for."""
+def random_inputs(spec: Spec, name: str, pixels: str, n: int) -> list[np.ndarray]:
+    """Noise as `inputs_of` describes; for NaFlex positions_of / n patches an image."""
     rng = np.random.default_rng(n)
-    most = positions_of(made) // n
-    first, *rest = inputs_of(made, name, pixels, n, most)
+    most = positions_of(spec) // n
+    first, *rest = inputs_of(spec, name, pixels, n, most)
     if name == "text":
-        assert made.txt is not None
-        return [rng.integers(made.txt["vocab_size"], size=first.shape, dtype=np.int32)]
+        assert spec.txt is not None
+        return [rng.integers(spec.txt["vocab_size"], size=first.shape, dtype=np.int32)]
     if pixels == "uint8":
         image = rng.integers(256, size=first.shape, dtype=np.uint8)
     else:

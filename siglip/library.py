@@ -124,7 +124,7 @@ class Model:
 
     Attributes:
       name: what it was loaded from.
-      spec: what the model is and must be given.
+      spec: the model's contract: its towers, and how its images and texts are prepared.
       module, params: the Flax module and its parameters, for your own jitted code.
       preprocess: input_pipeline's Preprocess.
       mesh: over the local devices.
@@ -290,13 +290,13 @@ class Model:
         zimg = self._embedding(images, self.encode_image)
         return self._similarity(zimg @ self._embedding(texts, self.encode_text).T)
 
-    def _embedding(self, given: Any, encode: Callable[[Any], np.ndarray]) -> np.ndarray:
-        """[n, d] of unit norm: what is given, if it is floats [n, d] or [d]; else encode(given)."""
-        if not hasattr(given, "dtype") or not hasattr(given, "ndim") or given.ndim not in (1, 2):
-            return np.atleast_2d(encode(given))
-        array = np.asarray(given)
+    def _embedding(self, inputs: Any, encode: Callable[[Any], np.ndarray]) -> np.ndarray:
+        """[n, d] of unit norm: inputs that are floats [n, d] or [d], else encode(inputs)."""
+        if not hasattr(inputs, "dtype") or not hasattr(inputs, "ndim") or inputs.ndim not in (1, 2):
+            return np.atleast_2d(encode(inputs))
+        array = np.asarray(inputs)
         if not jnp.issubdtype(array.dtype, np.floating):
-            return np.atleast_2d(encode(given))
+            return np.atleast_2d(encode(inputs))
         z = np.atleast_2d(array.astype(np.float32))
         if z.shape[1] != self.spec.embedding_dim:
             raise ValueError(

@@ -9,11 +9,12 @@ from siglip.towers.transformer import decode_variant
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """
+    """A released model.
+
     Attributes:
       name: ours.
       img, txt: variants of the towers.
-      res: side of the images in pixels. For NaFlex, of those whose grid its positions are.
+      res: side of the images in pixels. NaFlex: side of an image that has the grid of positions.
       parameters: of both towers, with t and b.
       big_vision: where the original file is.
       huggingface: repository of the Hub. SiglipModel; for NaFlex Siglip2Model.
@@ -21,10 +22,10 @@ class Preset:
       vocab_size: rows of the token table.
       tokenizer: 'c4_en' or 'mc4' (SentencePiece models made for T5), or 'gemma'.
       pad_id, eos_id: of texts; those that are too long keep EOS.
-      image: their preprocessing, a name of input_pipeline.transforms.image_ops.PRESETS.
+      image: preprocessing of images, a name of input_pipeline.transforms.image_ops.PRESETS.
       token_len: positions of the text tower, to which every text is padded.
       text_head: the text tower ends in a Dense layer.
-      max_patches: for NaFlex, of an image in `image`; None for the others.
+      max_patches: of an image of a NaFlex model, as `image` prepares it; None for other models.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Preset:
 
     @property
     def naflex(self) -> bool:
-        """Takes images of any aspect ratio, as patches."""
+        """Whether it takes images of any aspect ratio, as patches."""
         return self.max_patches is not None
 
     @property
@@ -69,7 +70,7 @@ class Preset:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that `find` finds it by."""
+        """All names by which `find` knows it."""
         file = self.big_vision.rpartition("/")[2]
         return (
             self.name,
@@ -132,7 +133,7 @@ def _v2(name, img, res, parameters, file, huggingface, open_clip, **options) -> 
     )
 
 
-# Of each: our name, image tower, res, parameters, then file, Hugging Face and open_clip.
+# Columns: our name, image tower, res, parameters, then file, Hugging Face and open_clip.
 # fmt: off
 _ALL = (
     _v1("b16-224", "B/16", 224, 203_155_970,

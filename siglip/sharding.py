@@ -32,7 +32,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
 
 
 def local_mesh() -> Mesh:
-    """All devices of this process, and no other's: what runs on it waits for nobody."""
+    """A mesh over this process's devices; programs on it never wait for another process."""
     devices = jax.local_devices()
     axis_types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh((len(devices), 1), AXES, axis_types=axis_types, devices=devices)
@@ -53,11 +53,12 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy of the array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis over all devices."""
+    """The leading axis split over all devices."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 

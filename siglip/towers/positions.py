@@ -20,23 +20,25 @@ from jaxtyping import Array, Float, Float64, Int
 
 from base.words import nearest
 
-# All of a method is a matrix along one axis: from `before` places to `after` of them.
+# A method is a matrix along one axis, from `before` places to `after` places.
 Weights = Callable[[int, int], Float64[np.ndarray, "after before"]]
 
 
 def _corners(before: int, after: int) -> Float64[np.ndarray, "after before"]:
-    """First and last place stay where they are; a single one is read at the first.
+    """Weights that leave the first and the last place where they are; one place is the first.
 
     scipy itself gives zeros in the last row and column for some sizes (32 -> 16, 64 -> 24), where
-    rounding puts the last place just outside. That is not copied.
+    rounding puts the last place just outside. This code does not copy that.
     """
     at = np.arange(after) * ((before - 1) / max(after - 1, 1))
     return _tent(np.arange(before) - at[:, None])
 
 
 def _half_pixel(taps: range, kernel: Callable[[np.ndarray], np.ndarray]) -> Weights:
-    """Places have an extent, of which the centres are compared (torch's align_corners=False). A tap
-    beyond the edge counts as the place at the edge."""
+    """Weights between the centres of places that have an extent (torch's align_corners=False).
+
+    A tap beyond the edge counts as the place at the edge.
+    """
 
     def weights(before: int, after: int) -> Float64[np.ndarray, "after before"]:
         at = _centres(before, after)
@@ -51,7 +53,7 @@ def _half_pixel(taps: range, kernel: Callable[[np.ndarray], np.ndarray]) -> Weig
 
 
 def _antialias(kernel: Callable[[np.ndarray], np.ndarray]) -> Weights:
-    """The kernel is as wide as what it shrinks by, and sums to 1 over the places there are."""
+    """Weights of a kernel widened by the factor of shrinking, which sum to 1 in each row."""
 
     def weights(before: int, after: int) -> Float64[np.ndarray, "after before"]:
         distance = np.arange(before) - _centres(before, after)[:, None]
@@ -93,7 +95,7 @@ METHODS: dict[str, Weights] = {
 def resize_images(
     table: Float[np.ndarray, "h w c"], size: tuple[int, int], method: str
 ) -> Float[np.ndarray, "h2 w2 c"]:
-    """The embeddings of a grid of h x w patches -> those of a grid of `size` (rows, columns).
+    """Position embeddings of h x w patches, resized to a grid of `size` (rows, columns).
 
     `method` is a name of METHODS. A table that has the size already is returned as it is, bit for
     bit; otherwise float32, computed in float64.
@@ -101,7 +103,7 @@ def resize_images(
     Raises:
       ValueError: unknown method, a size that is not positive, or a table of another rank.
     """
-    weights = METHODS[_known("method of resizing position embeddings", method, METHODS)]
+    weights = METHODS[_check_name("method of resizing position embeddings", method, METHODS)]
     _check(table, 3, "[rows, columns, width]", size)
     if table.shape[:2] == tuple(size):
         return table
@@ -131,7 +133,7 @@ TEXT_METHODS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 def resize_text(
     table: Float[np.ndarray, "l c"], length: int, method: str
 ) -> Float[np.ndarray, "l2 c"]:
-    """The embeddings of l text positions -> those of `length`.
+    """Position embeddings of l text positions, resized to `length`.
 
     `method` is a name of TEXT_METHODS:
 
@@ -147,7 +149,7 @@ def resize_text(
     Raises:
       ValueError: unknown method, a length that is not positive, or a table of another rank.
     """
-    resize = TEXT_METHODS[_known("method of resizing text positions", method, TEXT_METHODS)]
+    resize = TEXT_METHODS[_check_name("method of resizing text positions", method, TEXT_METHODS)]
     _check(table, 2, "[length, width]", (length,))
     return table if len(table) == length else resize(table, length)
 
@@ -157,14 +159,13 @@ def at_patches(
 ) -> Float[Array, "n length w"]:
     """NaFlex: the table resized to each image's own grid, read at its patches in row-major order.
 
-    What 'bilinear-antialias' makes of the table, for as many grids at once as there are images,
-    and on the device: shapes are data, so that one compiled program takes every aspect ratio.
-    big_vision's (scale_and_translate under vmap) has at most 64 patches per side and is NaN beyond;
-    here a side has no limit.
+    It equals 'bilinear-antialias' for each image, but runs on the device, where shapes are data:
+    one compiled program takes every aspect ratio. big_vision's (scale_and_translate under vmap) has
+    at most 64 patches per side and is NaN beyond; this one has no limit.
 
     Args:
       table: of a square grid, 16 x 16 in the released models.
-      shape: (rows, columns) of each image's patches; (0, 0) for an image that only fills up.
+      shape: (rows, columns) of each image's patches; (0, 0) for an image that is all padding.
       length: tokens of each image.
 
     Returns:
@@ -204,7 +205,7 @@ def _weights_at(
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def _known(what: str, name: str, names: dict) -> str:
+def _check_name(what: str, name: str, names: dict) -> str:
     if name not in names:
         raise ValueError(f"{what} {name!r} is unknown; {nearest(str(name), names)}")
     return name

@@ -128,7 +128,7 @@ def make_text(
       bottleneck: K, for a token table of V x K followed by a K x width projection; None has none.
 
     Raises:
-      ValueError: a value that is not one of those.
+      ValueError: an invalid value.
     """
     sizes, patch_size = decode_variant(variant)
     if patch_size is not None:
@@ -137,8 +137,8 @@ def make_text(
         raise ValueError(f"pool {pool!r} of the text tower is none of {', '.join(POOLS)}")
     if vocab_size is None:
         raise ValueError("the text tower needs vocab_size, the number of its tokenizer's ids")
-    given = dict(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads)
-    sizes |= {k: v for k, v in given.items() if v is not None}
+    replaced = dict(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads)
+    sizes |= {k: v for k, v in replaced.items() if v is not None}
     check_sizes("text", sizes)
     return TextTransformer(
         vocab_size,

@@ -49,7 +49,7 @@ def decode_variant(variant: str) -> tuple[dict[str, Any], int | None]:
 
 
 def check_sizes(tower: str, sizes: dict[str, int]) -> None:
-    """Raises ValueError for sizes that are no tower's."""
+    """Raises ValueError for sizes that no tower can have; `tower` is its name in the message."""
     for name in SIZES:
         if sizes[name] < (0 if name == "depth" else 1):
             raise ValueError(f"{name} of the {tower} tower must be positive, not {sizes[name]}")
@@ -88,6 +88,8 @@ def block_index(name: str, depth: int) -> int:
 
 
 class MlpBlock(nn.Module):
+    """Dense, GELU, Dense: width -> mlp_dim -> width."""
+
     mlp_dim: int
     dtype: jnp.dtype
 

@@ -34,7 +34,7 @@ class TwoTowers(nn.Module):
         rows: Int[Array, " n"] | None = None,
         train: bool = False,
     ) -> tuple[Array | None, Array | None, dict[str, Any]]:
-        """Embeds what is given.
+        """Embeds images, texts or both.
 
         Args:
           image: uint8, or floats in [-1, 1]; Patches for a NaFlex tower, embeddings [n, d] for a
@@ -90,7 +90,7 @@ class TwoTowers(nn.Module):
 
 
 def to_model_range(image: Array | Patches) -> Array | Patches:
-    """uint8 [0, 255] -> float32 [-1, 1]; floats pass."""
+    """Images in [-1, 1]: uint8 [0, 255] becomes float32, floats are returned as they are."""
     if isinstance(image, Patches):
         return image._replace(values=to_model_range(image.values))
     return image.astype(jnp.float32) / 127.5 - 1 if image.dtype == jnp.uint8 else image
@@ -117,8 +117,8 @@ def make_model(
 
     Args:
       img, txt: keyword arguments of vit.make_vit and text.make_text. The width of the text head,
-        txt['out_dim'], is by default that of the image embedding; 0 is no head, where the text
-        tower is as wide as that.
+        txt['out_dim'], is by default that of the image embedding; 0: no head, for a text tower
+        that is as wide as the image embedding.
       t_init: initial temperature (the parameter starts at its log).
       b_init: initial bias; None for a model without one (CLIP's softmax). The trainer puts the
         prior of its batch, log(p / (1 - p)) with p = 1 / N, in the place of 'auto'.
@@ -127,7 +127,7 @@ def make_model(
       scan, remat: see transformer.Encoder.
 
     Raises:
-      ValueError: the towers' embeddings differ in width, or a value is not a valid one.
+      ValueError: the towers' embeddings differ in width, or a value is invalid.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {dtype!r} is none of float32, bfloat16")

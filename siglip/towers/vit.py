@@ -25,11 +25,12 @@ IMAGE_FIELDS = ("image", "image_mask", "image_shape")  # of a batch, see images_
 
 
 class Patches(NamedTuple):
-    """Images of any aspect ratio, in patches (NaFlex): what the tower takes instead of squares.
+    """Images of any aspect ratio in patches (NaFlex), in the place of squares.
 
     Attributes:
-      values: p * p * 3 of each patch by row, column, channel; uint8, or floats in [-1, 1].
-      mask: True for a patch of the image; the others fill up, whatever they hold.
+      values: the p * p * 3 values of each patch by row, column, channel; uint8, or floats in
+        [-1, 1].
+      mask: True for a patch of the image; the others are padding and may hold anything.
       shape: rows and columns of patches, which stand row by row. (0, 0) without any.
     """
 
@@ -39,7 +40,7 @@ class Patches(NamedTuple):
 
 
 def images_of(batch: Mapping[str, Array]) -> Array | Patches | None:
-    """What a tower takes of a batch's IMAGE_FIELDS; None where it has no images."""
+    """The images of a batch as a tower takes them; None where the batch has no images."""
     if "image_shape" not in batch:
         return batch.get("image")
     return Patches(*(batch[field] for field in IMAGE_FIELDS))
@@ -49,7 +50,7 @@ class ViT(nn.Module):
     """Patches -> transformer -> one vector, which is the embedding (no projection by default).
 
     With `naflex_grid` it takes Patches (SigLIP 2, arXiv 2502.14786, 2.4.2): the table of positions
-    is resized to each image's own rows and columns, and nothing attends to what fills up.
+    is resized to each image's own rows and columns, and nothing attends to padding.
     """
 
     patch_size: int
@@ -102,7 +103,7 @@ class ViT(nn.Module):
         else:
             x = self._embed_squares(image)  # float32, and so is every sum of residuals
         if train and self.drop_patches:
-            x = self._keep_some(x, rows)
+            x = self._keep_random_patches(x, rows)
         if self.pool == "tok":  # without a position of its own: it is not a place in the image
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
             x = jnp.concatenate([jnp.tile(cls, (x.shape[0], 1, 1)), x], axis=1)
@@ -131,8 +132,11 @@ class ViT(nn.Module):
         return x, out
 
     def _embed_squares(self, image: Float[Array, "n res res 3"] | Patches) -> Float[Array, "n l d"]:
-        """What is left at the right and below after whole patches is not seen, as in released
-        models of 384 px and patches of 14."""
+        """Tokens with their positions.
+
+        Pixels right of and below the last whole patch are not seen, as in released models of
+        384 px and patches of 14.
+        """
         if isinstance(image, Patches):
             raise ValueError("this image tower takes squares, not Patches; naflex_grid makes one")
         p = self.patch_size
@@ -148,7 +152,7 @@ class ViT(nn.Module):
     def _embed_patches(
         self, image: Patches | Array
     ) -> tuple[Float[Array, "n l d"], Bool[Array, "n l"]]:
-        """Tokens, and which of them are patches of the image."""
+        """Tokens with their positions, and the mask of those that are patches of the image."""
         if not isinstance(image, Patches):
             raise ValueError(f"a NaFlex tower takes Patches, not an array {[*image.shape]}")
         values, mask, shape = image
@@ -161,11 +165,11 @@ class ViT(nn.Module):
         table = self.param("pos_embedding", init, (g, g, self.width))
         return x + at_patches(table, shape, x.shape[1]), mask
 
-    def _keep_some(self, x: Float[Array, "n l d"], rows) -> Float[Array, "n kept d"]:
+    def _keep_random_patches(self, x: Float[Array, "n l d"], rows) -> Float[Array, "n kept d"]:
         """A random subset of the patches of each image, as FLIP trains (arXiv 2212.00794)."""
         kept = max(1, round(x.shape[1] * (1 - self.drop_patches)))
         rows = jnp.arange(len(x)) if rows is None else rows
-        # By row, so that an image keeps its patches whatever part of the batch it is embedded in.
+        # A key for each row, so that microbatches drop the patches that the whole batch drops.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), rows)
         noise = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:2]))(keys)
         index = jnp.argsort(noise, axis=1)[:, :kept, None]
@@ -202,7 +206,7 @@ def make_vit(
         square images.
 
     Raises:
-      ValueError: a value that is not one of those.
+      ValueError: an invalid value.
     """
     if variant == PRECOMPUTED:
         if width is None or width < 1:
@@ -227,8 +231,8 @@ def make_vit(
             raise ValueError("pool 'tok' goes with square images; a NaFlex tower takes map or gap")
         if drop_patches:
             raise ValueError("drop_patches goes with square images, not with naflex_grid")
-    given = dict(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads)
-    sizes |= {k: v for k, v in given.items() if v is not None}
+    replaced = dict(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads)
+    sizes |= {k: v for k, v in replaced.items() if v is not None}
     check_sizes("image", sizes)
     return ViT(
         patch_size,
