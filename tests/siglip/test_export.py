@@ -104,7 +104,7 @@ print(sorted({{"siglip", "flax", "ml_dtypes"}} & {{m.partition(".")[0] for m in 
 
 
 def test_the_folder_says_what_the_model_must_be_given(weights, folder):
-    assert exporting.spec.load(folder / "siglip.json") == weights.spec
+    assert exporting.contract.load(folder / "siglip.json") == weights.spec
     scalars = json.loads((folder / "scalars.json").read_text())
     params = weights.tree()
     assert scalars["t"] == pytest.approx(np.exp(params["t"][0]), rel=1e-6)
