@@ -53,6 +53,7 @@ def make_parser() -> Parser:
     add("--config", metavar="path.py", help="config file; with --eval_only that of the workdir")
     add("--workdir", metavar="path", help="folder of the run: checkpoints, logs, results")
     add("--eval_only", action="store_true", help="evaluate the workdir's newest checkpoint")
+    add("--show_config", action="store_true", help="print the complete config and do nothing else")
     group = parser.add_argument_group("several processes (found by themselves in SLURM, TPU pods)")
     add = group.add_argument
     add(
@@ -82,6 +83,8 @@ def _main(argv: list[str]) -> int:
     parser = make_parser()
     flags, rest = parser.parse_known_args(argv)
     check_flags(parser, flags, rest)
+    if flags.show_config:
+        return show_config(flags, rest)
     # Imports of jax and trainers take seconds, so they stand where they are first needed.
     from trainers.machine import distributed
 
@@ -126,14 +129,30 @@ def check_flags(parser: Parser, flags: argparse.Namespace, rest: list[str]) -> N
         if re.match(r"-+[a-zA-Z]", arg) and not re.match(r"--?(no)?config\.", arg):
             flag = arg.partition("=")[0]
             raise UserError(f"unknown flag {flag}; {nearest(flag, known[2:])}")
-    if not flags.config and not flags.eval_only:
+    if not flags.config and not flags.eval_only and not (flags.show_config and flags.workdir):
         configs = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
         raise UserError(f"pass --config, one of {', '.join(configs) or 'your files'}; see --help")
     if "://" in (flags.workdir or ""):
         raise UserError(f"--workdir={flags.workdir} is no folder; mount the bucket")
-    if not flags.workdir:
+    if not flags.workdir and not flags.show_config:
         stem = pathlib.Path((flags.config or "my_run").partition(":")[0]).stem
         raise UserError(f"pass --workdir, the folder of the run, such as --workdir runs/{stem}")
+
+
+def show_config(flags: argparse.Namespace, rest: list[str]) -> int:
+    """Prints every key of the config with its type, where its value comes from, and its meaning."""
+    from trainers.config import complete, explain, stored
+
+    overrides, rest = split_overrides(rest)
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; settings are --config.key=value")
+    tree = (
+        complete.load_settings(flags.config, overrides)
+        if flags.config
+        else stored.read_settings(flags.workdir, overrides)
+    )
+    print("\n".join(explain.lines(tree)))
+    return DONE
 
 
 def prepare(flags: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:

@@ -58,13 +58,17 @@ def show(file: pathlib.Path) -> str:
 
 
 def place(file: pathlib.Path, word: str) -> str:
-    """'configs/x.py:12' if exactly one line of the file contains `word`, else 'configs/x.py'."""
+    """'configs/x.py:12' if exactly one line sets the key `word` or contains it, else the file."""
     try:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError):
         return show(file)
-    hits = [i for i, line in enumerate(lines, 1) if re.search(rf"\b{re.escape(word)}\b", line)]
-    return f"{show(file)}:{hits[0]}" if len(hits) == 1 else show(file)
+    name = rf"\b{re.escape(word)}\b"
+    for pattern in (rf"[.'\"]{name}['\"]?\]?\s*(:|=(?!=))", name):
+        hits = [i for i, line in enumerate(lines, 1) if re.search(pattern, line)]
+        if len(hits) == 1:
+            return f"{show(file)}:{hits[0]}"
+    return show(file)
 
 
 def duration(seconds: float | None) -> str:

@@ -66,7 +66,9 @@ def params_to_evaluate(setup: Setup, start: Start) -> PyTree:
     """The parameters of a checkpoint, or of config.init, on the devices."""
     abstract = sharded(setup.abstract_towers(), setup.mesh)
     if start.kind == "workdir":
-        return restoring.restore_params(str(start.path), abstract)
+        params, notes = restoring.restore_params(str(start.path), abstract)
+        announce.notes(notes)
+        return params
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     key, inputs = jax.random.key(setup.config.seed), setup.inputs
     fresh = jax.jit(lambda: setup.model.init(key, *inputs)["params"], out_shardings=shardings)()

@@ -46,8 +46,13 @@ def load(config_flag: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
       UserError: a missing file, an error in it, an unknown key, argument or component, a value of
         another type than its default's annotation, a required key without a value. One line.
     """
+    return locked(load_settings(config_flag, overrides))
+
+
+def load_settings(config_flag: str, overrides: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
+    """The tree of Settings that `load` takes its values from. Raises UserError."""
     given, file = config_file.run(config_flag)
-    return finish(given, file, overrides)
+    return completed(given, file, overrides)
 
 
 # Completing: a nested dict as a file gives it -> the whole tree, every leaf a Setting
@@ -55,18 +60,31 @@ def load(config_flag: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
 
 @dataclasses.dataclass
 class Setting:
-    """One key: what it may hold, and what it holds. `of` are the components, where it names one."""
+    """One key: what it may hold, and what it holds.
+
+    Attributes:
+      of: the components, where the key names one.
+      owner: the callable whose parameter the key is.
+      source: the place or the flag that gave the value; '' for the default.
+    """
 
     annotation: Any
     default: Any
     value: Any
     of: Mapping[str, Callable] | None = None
+    owner: Callable | None = None
+    source: str = ""
 
 
-def finish(
+def locked(tree: dict[str, Any]) -> ConfigDict:
+    """The config whose keys a completed tree describes."""
+    return ConfigDict(_values(tree)).lock()
+
+
+def completed(
     given: Mapping[str, Any], file: pathlib.Path, overrides: Iterable[tuple[str, str]]
-) -> ConfigDict:
-    """The complete config of a nested dict that `file` holds, overrides applied; locked.
+) -> dict[str, Any]:
+    """The tree of Settings of a nested dict that `file` holds, overrides applied.
 
     Raises:
       UserError: see `load`.
@@ -112,6 +130,7 @@ def finish(
                 f"--config.{key} is a block; set one of its keys: "
                 + listed(f"--config.{key}.{name}" for name in setting)
             )
+        setting.source = f"--config.{key}"
         if setting.of is None:
             setting.value = values.parse_key(value, setting.annotation, key, f"--config.{key}")
     # 3. What nobody gave.
@@ -120,7 +139,7 @@ def finish(
             f"{show(file)}: {listed(missing)} must be given: pass "
             + " ".join(f"--config.{key}=..." for key in missing[:3])
         )
-    return ConfigDict(_values(tree)).lock()
+    return tree
 
 
 def settings(
@@ -134,22 +153,25 @@ def settings(
     pattern = pattern_of(path)
     block, children = BLOCKS[pattern], children_of(pattern)
     parameters = parameters_of(*block.schemas)
+    owners = {name: fn for fn in block.schemas for name in parameters_of(fn)}
     tree: dict[str, Any] = {}
     if block.choice:
         name = given.get(block.choice, block.default)
-        tree[block.choice] = Setting(str, block.default, name, block.of)
+        source = place(where, block.choice) if block.choice in given else ""
+        tree[block.choice] = Setting(str, block.default, name, block.of, source=source)
         if name is not REQUIRED:
             key = join(path, block.choice)
             _check_component(name, block.of, f"{place(where, leaf(key))}: {key}")
             parameters |= parameters_of(block.of[name])
+            owners |= dict.fromkeys(parameters_of(block.of[name]), block.of[name])
     for name, (annotation, default) in parameters.items():
         if name in children:
             continue
-        value = given.get(name, default)
+        value, source = given.get(name, default), ""
         if name in given:
-            key = join(path, name)
-            value = values.cast_key(value, annotation, key, place(where, name))
-        tree[name] = Setting(annotation, default, value)
+            key, source = join(path, name), place(where, name)
+            value = values.cast_key(value, annotation, key, source)
+        tree[name] = Setting(annotation, default, value, owner=owners[name], source=source)
     for name in given if "*" in children else children:
         value = given.get(name, {})
         if not isinstance(value, Mapping):

@@ -40,35 +40,46 @@ Duration = Annotated[str, _check_duration]  # '2000 steps', '3e9 examples', '5 e
 
 @dataclasses.dataclass(kw_only=True)
 class RunKeys:
-    seed: int = 0
-    total: Duration = "10 epochs"
+    """The keys of the whole run."""
+
+    seed: int = 0  # of parameters, order of the data, augmentations and dropout
+    # config.total may grow when the run goes on, by the same command or by config.resume. A
+    # schedule without the total in its formula (constant, rsqrt) simply goes on; one that would
+    # have given other learning rates to steps already made needs stretch_schedule.
+    total: Duration = "10 epochs"  # length of the run; may grow when the run goes on
+    stretch_schedule: bool = False  # accept a new total that changes the schedule of steps made
     log_every: int = 50  # steps
-    lr: float = 1e-3
-    wd: float = 1e-4
-    wd_mults: tuple = ((".*/kernel", 1.0), ("else", 0.0))
-    lr_mults: tuple = ((".*", 1.0),)
-    frozen: tuple = ((".*", False),)
-    clip_norm: float | None = 1.0
-    init: str | None = None  # weights to start from, see initial.py
+    lr: float = 1e-3  # the schedule's peak
+    wd: float = 1e-4  # weight decay per step, not multiplied by lr; follows the schedule
+    wd_mults: tuple = ((".*/kernel", 1.0), ("else", 0.0))  # (regex, factor of wd) of parameters
+    lr_mults: tuple = ((".*", 1.0),)  # (regex, factor of lr) of parameters
+    frozen: tuple = ((".*", False),)  # (regex, True for no training) of parameters
+    clip_norm: float | None = 1.0  # global norm that gradients are clipped to; None: no clipping
+    init: str | None = None  # weights to start from: a run, a checkpoint or a released name
     contract: str | None = None  # weights whose model and preprocessing fill what is not set
-    init_only: tuple = ()  # of img, txt, t, b: what to take of them; () takes all
+    init_only: tuple = ()  # parts of init to take, of img, txt, t, b; () takes all
     init_positions: str | None = None  # how image positions are resized, positions.METHODS
-    init_text_positions: str | None = None  # and text positions, TEXT_METHODS
+    init_text_positions: str | None = None  # how text positions are resized, TEXT_METHODS
     resume: str | None = None  # a run to go on from, in a new workdir
+    fresh: tuple[str, ...] = ()  # regexes of parameters that start anew with resume
 
 
 @dataclasses.dataclass(kw_only=True)
 class MeshKeys:
+    """The keys of the mesh that are not make_mesh's."""
+
     cpu_devices: int = 0  # emulated CPU devices; 0: leave as it is
 
 
 @dataclasses.dataclass(kw_only=True)
 class InputKeys:
+    """The keys of the input that are not the preprocessing's."""
+
     batch_size: int = 256  # over all devices
     microbatch: int = 0  # pairs that are embedded at a time, over all devices; 0: all at once
-    num_threads: int = NUM_THREADS
-    prefetch: int = PREFETCH  # batches
-    max_bad_fraction: float = 0.01
+    num_threads: int = NUM_THREADS  # that decode and transform, in each process
+    prefetch: int = PREFETCH  # batches made ahead
+    max_bad_fraction: float = 0.01  # of examples that may be unusable before the run stops
     language_temperature: float | None = None  # see mixture.Languages; None: as they come
     corrupt: str | tuple = ""  # noise on purpose, see corrupt.py
 
@@ -79,25 +90,33 @@ def mixture() -> None:
 
 @dataclasses.dataclass(kw_only=True)
 class PartKeys:
+    """The keys of one part of a mixture."""
+
     weight: float = 1.0  # how often its examples come, relative to those of the other parts
 
 
 @dataclasses.dataclass(kw_only=True)
 class ObjectiveKeys:
+    """The keys of every objective."""
+
     weight: float = 1.0  # of this term in the loss
 
 
 @dataclasses.dataclass(kw_only=True)
 class EvalKeys:
-    every: Duration = ""  # '': only at the end
+    """The keys of every evaluator."""
+
+    every: Duration = ""  # between two evaluations; '': only at the end
     params: Literal["params", "averaged"] = "params"  # averaged: config.average's, where it has any
 
 
 @dataclasses.dataclass(kw_only=True)
 class CheckpointKeys:
-    every: Duration = "1000 steps"
-    keep_last: int = 2
-    keep_every: Duration = ""  # '': none beyond the last ones
+    """The keys of the checkpoints."""
+
+    every: Duration = "1000 steps"  # between two checkpoints; '': only when stopped and at the end
+    keep_last: int = 2  # newest checkpoints that stay
+    keep_every: Duration = ""  # multiples of it stay for ever; '': none beyond the last ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +170,8 @@ MOVED = {"loss": "objectives.contrastive"}
 # learned from which batch ...
 FREE = (
     "log_every",
+    "total",  # see state/prolong.py, which refuses what would change steps that are made
+    "stretch_schedule",
     "evals",
     "checkpoint",
     "mesh",

@@ -25,8 +25,15 @@ def read(workdir: str | os.PathLike, overrides: Iterable[tuple[str, str]] = ()) 
     Raises:
       UserError: as `load` does, or there is no run.
     """
+    return complete.locked(read_settings(workdir, overrides))
+
+
+def read_settings(
+    workdir: str | os.PathLike, overrides: Iterable[tuple[str, str]] = ()
+) -> dict[str, Any]:
+    """The tree of Settings of the run in `workdir`, overrides applied. Raises UserError."""
     file = pathlib.Path(workdir) / CONFIG_FILE
-    return complete.finish(_read_json(file), file, overrides)
+    return complete.completed(_read_json(file), file, overrides)
 
 
 def save(config: ConfigDict, workdir: str | os.PathLike) -> None:
@@ -88,7 +95,7 @@ def differences(config: ConfigDict, workdir: str | os.PathLike) -> list[Differen
         for path, setting in complete.leaves(complete.settings(plain, unknown=[], where=file))
         if setting.default is not REQUIRED
     }
-    here, there = _flat(plain), _flat(_read_json(file))
+    here, there = flat(plain), flat(_read_json(file))
     there = {**{key: defaults[key] for key in here if key in defaults}, **there}
     differing, other_component = [], []
     # Choices before the keys beside them.
@@ -104,14 +111,15 @@ def differences(config: ConfigDict, workdir: str | os.PathLike) -> list[Differen
     return differing
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a.b': value} of a nested dict."""
+    keys = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
+            keys.update(flat(value, f"{prefix}{name}."))
         else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+            keys[f"{prefix}{name}"] = value
+    return keys
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:

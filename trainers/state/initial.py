@@ -11,10 +11,8 @@ from base.errors import UserError
 from siglip import checkpoints
 from siglip.checkpoints import adapt, spec
 from siglip.checkpoints.errors import CheckpointError
-from siglip.checkpoints.formats import workdir
 from siglip.checkpoints.weights import Weights, compare, insert, stack
 from trainers.setup import Setup
-from trainers.state.restoring import restore_params
 from trainers.step.rules import path_name
 
 PARTS = ("img", "txt", "t", "b")
@@ -33,20 +31,14 @@ def initial_params(
       UserError: the weights cannot be read, or do not fit the model or its texts.
     """
     config = setup.config
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
-    )
     only = config.init_only or PARTS
     if unknown := [part for part in only if part not in PARTS]:
         raise UserError(f"config.init_only names {unknown[0]!r}, which is none of {PARTS}")
     try:
-        step = pathlib.Path(source)
-        older = workdir.is_one(step) and not (step.parents[1] / spec.FILE).exists()
-        if older and not config.init_only:
-            return restore_params(step, abstract), []
         weights = checkpoints.read(source)
+        left_out = list(weights.notes)
         weights, notes = fitted(setup, _taken(weights, only), only)
-        return _merged(weights, params, config.model.scan, only), notes
+        return _merged(weights, params, config.model.scan, only), [*left_out, *notes]
     except CheckpointError as error:
         raise UserError(f"config.init: {error}") from None
 

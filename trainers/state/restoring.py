@@ -1,71 +1,88 @@
-"""Reading checkpoints: which one, does it fit the model, straight onto the devices.
+"""Restores the state of a run: does the checkpoint fit the model, straight onto the devices.
 
 A checkpoint is a directory <workdir>/checkpoints/<step>/ with the items `state` (a pytree of
 arrays) and `data` (the data position, JSON). Wherever a path is taken, it is a workdir or the
 directory of one step. All processes call the functions here together.
 """
 
-import functools
 import pathlib
-import sys
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from base.errors import UserError
-from base.words import one_line
+from base.words import nearest
 from siglip.checkpoints.errors import CheckpointError
-from siglip.checkpoints.formats import workdir as workdir_format
+from siglip.checkpoints.files import orbax_tree
+from siglip.checkpoints.files.orbax_tree import DamagedCheckpoint
+from siglip.checkpoints.formats import workdir
 from siglip.checkpoints.weights import compare
-from trainers.step.rules import path_name
-
-
-@functools.cache
-def _handlers() -> tuple[Any, Any]:
-    """For the tree of arrays and for JSON; made late, because they start the jax backend.
-
-    The bare handlers: a Checkpointer around them waits for all processes after a restore, where
-    one that met a damaged file would never arrive. (Any: they take a pathlib.Path, but do not say
-    so.)
-    """
-    return ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
-
-
-class DamagedCheckpoint(Exception):
-    """A step directory that is there but cannot be read. The message is one line."""
+from trainers.step.rules import path_name, path_names
 
 
 def locate(path: str | pathlib.Path, *, key: str = "checkpoint") -> pathlib.Path:
     """The step directory that `path` means: itself, or the newest of a workdir."""
     try:
-        return workdir_format.locate(path, key=key)
+        return workdir.locate(path, key=key)
     except CheckpointError as error:
         raise UserError(str(error)) from None
 
 
-def restore_state(path: str | pathlib.Path, abstract_state: PyTree) -> tuple[PyTree, dict, int]:
-    """(state, data, step) of another run. See `read_step`; damage is a UserError here, because
-    nothing of somebody else's run is set aside."""
-    found = locate(path, key="config.resume")
+def restore_state(
+    path: str | pathlib.Path,
+    abstract_state: PyTree,
+    *,
+    fresh: tuple[str, ...] = (),
+    init: Callable[[], PyTree] | None = None,
+) -> tuple[PyTree, dict, int]:
+    """(state, data, step) of another run.
+
+    Args:
+      fresh: regexes of whole parameter names. Those parameters, and what is kept for them in the
+        optimizer and other branches of the state, come from `init`, whatever the checkpoint has.
+      init: makes the initial state, on the shardings of `abstract_state`.
+
+    Raises:
+      UserError: the rest does not fit the checkpoint, the checkpoint is damaged (nothing of
+        somebody else's run is set aside), or a regex matches no parameter.
+    """
+    step = locate(path, key="config.resume")
     try:
-        state, data = read_step(found, abstract_state)
+        if not fresh:
+            return *read_step(step, abstract_state), int(step.name)
+        assert init is not None
+        is_fresh = _is_fresh(fresh, abstract_state, orbax_tree.saved(step))
+        state = _read_but(is_fresh, step, abstract_state, init)
+        return state, orbax_tree.json_item(step, "data"), int(step.name)
     except DamagedCheckpoint as damage:
         raise UserError(f"{damage}; give the directory of another step") from damage
-    return state, data, int(found.name)
 
 
-def restore_params(path: str | pathlib.Path, abstract_params: PyTree) -> PyTree:
-    """Only the weights (`state.params`) of a checkpoint; the rest is not read. Raises UserError."""
-    found = locate(path, key="config.init")
+def restore_params(
+    path: str | pathlib.Path, abstract_params: PyTree
+) -> tuple[PyTree, tuple[str, ...]]:
+    """(parameters, notes): the subtrees of a checkpoint's parameters that the model has.
+
+    Nothing else is read; a note says what else there is (workdir.left_out).
+
+    Raises:
+      UserError: they do not fit the model, or the checkpoint is damaged.
+    """
+    step = locate(path, key="config.init")
     try:
-        return _read_state(found, {"params": abstract_params}, partial=True)["params"]
+        saved = orbax_tree.saved(step)
+        known = {n: x for n, x in saved.items() if workdir.is_in_subtrees(n, abstract_params)}
+        _check_fits(step, known, orbax_tree.leaves({"params": abstract_params}))
+        params = orbax_tree.to_devices(step, {"params": abstract_params}, partial=True)["params"]
+        return params, workdir.left_out(step, saved, abstract_params)
     except DamagedCheckpoint as damage:
         raise UserError(f"{damage}; give the directory of another step") from damage
 
 
-def read_step(path: pathlib.Path, abstract_state: PyTree) -> tuple[PyTree, dict]:
+def read_step(step: pathlib.Path, abstract_state: PyTree) -> tuple[PyTree, dict]:
     """(state, data) of one step directory.
 
     `abstract_state` is a tree of ShapeDtypeStructs; every array goes straight onto their
@@ -74,72 +91,72 @@ def read_step(path: pathlib.Path, abstract_state: PyTree) -> tuple[PyTree, dict]
     Raises UserError where the arrays differ from `abstract_state` in name, shape or dtype, and
     DamagedCheckpoint where they cannot be read.
     """
-    state = _read_state(path, abstract_state)
-    json_args = ocp.args.JsonRestore()
-    _, from_json = _handlers()
-    return state, _or_damaged(path, lambda: from_json.restore(path / "data", args=json_args))
+    _check_fits(step, orbax_tree.saved(step), orbax_tree.leaves(abstract_state))
+    state = orbax_tree.to_devices(step, abstract_state)
+    return state, orbax_tree.json_item(step, "data")
 
 
-def _read_state(path: pathlib.Path, abstract: PyTree, partial: bool = False) -> PyTree:
-    tree, _ = _handlers()
-    saved = _or_damaged(path, lambda: tree.metadata(path / "state").tree)
-    _check_fits(path, saved, abstract, partial)
-    abstract = jax.tree.map(_placed, abstract)
-    args = ocp.args.PyTreeRestore(
-        item=abstract,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-        partial_restore=partial,
+def _is_fresh(
+    patterns: tuple[str, ...], abstract_state: PyTree, saved: dict[str, Any]
+) -> Callable[[str], bool]:
+    """A function that tells whether the leaf of a state with this name starts fresh."""
+    names = path_names(abstract_state.params)
+    for pattern in patterns:
+        try:
+            matches = any(re.fullmatch(pattern, name) for name in names)
+        except re.error as error:
+            raise UserError(f"config.fresh: {pattern!r} is not a regex: {error}") from None
+        if not matches:
+            raise UserError(
+                f"config.fresh: {pattern!r} matches no parameter; {nearest(pattern, names)}"
+            )
+    in_file = [name.removeprefix("params/") for name in saved if name.startswith("params/")]
+    # Longest first: 'heads/t' is not 't'.
+    parameters = sorted({*names, *in_file}, key=len, reverse=True)
+
+    def is_fresh(leaf: str) -> bool:
+        branch, _, name = leaf.partition("/")
+        if branch == "opt_state":  # opt_state/0/.../mu/NAME
+            name = next((p for p in parameters if leaf.endswith(f"/{p}")), "")
+        return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+    return is_fresh
+
+
+def _read_but(
+    is_fresh: Callable[[str], bool],
+    step: pathlib.Path,
+    abstract_state: PyTree,
+    init: Callable[[], PyTree],
+) -> PyTree:
+    """The state of one step, but for leaves that come from init()."""
+    wanted = orbax_tree.leaves(abstract_state)
+    kept = {name: leaf for name, leaf in wanted.items() if not is_fresh(name)}
+    saved = {n: leaf for n, leaf in orbax_tree.saved(step).items() if not is_fresh(n)}
+    _check_fits(step, saved, kept)
+    restored = orbax_tree.some_to_devices(step, kept)
+
+    def initial() -> dict[str, Any]:  # under jit XLA drops all other leaves
+        return {n: x for n, x in orbax_tree.leaves(init()).items() if n not in kept}
+
+    shardings = {name: leaf.sharding for name, leaf in wanted.items() if name not in kept}
+    restored |= jax.jit(initial, out_shardings=shardings)()
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: restored[path_name(path)], abstract_state
     )
-    return _or_damaged(path, lambda: tree.restore(path / "state", args=args))
 
 
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _or_damaged(path: pathlib.Path, read: Any) -> Any:
-    """read(), with what broken files raise turned into DamagedCheckpoint. A machine without
-    memory or permission says nothing about the files, so those errors pass."""
-    _silence_late_reads()
+def _check_fits(step: pathlib.Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises UserError with the arrays that differ. Nothing is cast: f32 weights read as bf16
+    would train on without a word."""
     try:
-        return read()
-    except (MemoryError, PermissionError):
-        raise
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise
-        raise DamagedCheckpoint(
-            f"checkpoint {path} cannot be read: {one_line(error, with_type=True)}"
-        ) from error
-
-
-@functools.cache  # once in a process
-def _silence_late_reads() -> None:
-    """Orbax reads arrays in parallel. When one fails, the others finish later and find their event
-    loop gone: Python would print a page about each of them, after our one line."""
-    previous = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
-            previous(unraisable)
-
-    sys.unraisablehook = hook
-
-
-def _check_fits(path: pathlib.Path, saved: PyTree, wanted: PyTree, partial: bool) -> None:
-    """UserError with the arrays that differ. Nothing is cast: f32 weights read as bf16 would
-    train on without a word."""
-    have, want = _described(saved), _described(wanted)
-    if partial:
-        have = {name: what for name, what in have.items() if name.startswith("params/")}
-    try:
-        compare(have, want, where=f"checkpoint {path}", what="shape or dtype")
+        compare(
+            _described(saved), _described(wanted), where=f"checkpoint {step}", what="shape or dtype"
+        )
     except CheckpointError as error:
         raise UserError(str(error)) from None
 
 
-def _described(tree: PyTree) -> dict[str, str]:
+def _described(leaves: dict[str, Any]) -> dict[str, str]:
     """{'params/img/...': 'float32[768,768]'}, for abstract arrays and Orbax' metadata alike."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {path_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}

@@ -14,7 +14,7 @@ from siglip.checkpoints.formats import workdir as workdir_format
 from siglip.checkpoints.formats.workdir import FOLDER, steps_on_disk
 from trainers.plan import Plan, position
 from trainers.setup import Setup
-from trainers.state import initial, restoring
+from trainers.state import initial, prolong, restoring
 from trainers.state.checkpointing import Checkpoints
 from trainers.step.train_state import with_params
 
@@ -83,13 +83,17 @@ def begin(
     """
     config = setup.config
     start = find_start(str(workdir), config.resume, config.init)
+    if config.fresh and not config.resume:
+        raise UserError("config.fresh says what of config.resume's run starts fresh; set that too")
     step, saved, notes = 0, {}, []
     match start.kind:
         case "workdir":
             state, saved, step = checkpoints.restore(abstract_state)
             start = dataclasses.replace(start, step=step)  # not the newest if that is damaged
         case "resume":
-            state, saved, step = restoring.restore_state(str(start.path), abstract_state)
+            state, saved, step = restoring.restore_state(
+                str(start.path), abstract_state, fresh=config.fresh, init=init
+            )
         case "init":
             state = init()
             params, notes = initial.initial_params(setup, state.params, start.path or "")
@@ -102,6 +106,11 @@ def begin(
             f"the checkpoint to go on from is at step {step}, beyond the {plan.total} steps of "
             f"config.total={config.total!r} with this data"
         )
+    if start.kind == "workdir":
+        prolong.check_total(config, plan, workdir, step)
+    elif start.kind == "resume":
+        run = pathlib.Path(str(start.path)).parents[1]
+        prolong.check_total(config, plan, run, step, may_shrink=True)
     counts = saved.get("bad", {})
     bad_counts = np.array([counts.get(kind, 0) for kind in KINDS], np.int32)
     return Beginning(start, state, step, bad_counts, notes)

@@ -1,21 +1,22 @@
 """Workdirs of this project: <workdir>/checkpoints/<step>/state, and <workdir>/siglip.json.
 
-Training reads them straight onto its devices (trainers/state/restoring.py); all else reads them
-with this module.
+Training restores its state straight onto its devices (trainers/state/restoring.py); all else reads
+the parameters with this module.
 """
 
-import dataclasses
+import collections
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from base.words import one_line
 from siglip.checkpoints import spec
 from siglip.checkpoints.errors import CheckpointError
+from siglip.checkpoints.files import orbax_tree
 from siglip.checkpoints.files.lazy_array import of_array
 from siglip.checkpoints.spec import Spec
-from siglip.checkpoints.weights import Weights, split, unstack
+from siglip.checkpoints.weights import PARTS, Weights, insert, unstack
 
 FOLDER = "checkpoints"  # in the workdir
 
@@ -61,17 +62,18 @@ def is_one(path: pathlib.Path) -> bool:
 
 
 def read(path: pathlib.Path) -> Weights:
-    """The towers of one step, with a note on other subtrees of its parameters, which are left.
+    """The towers of one step, with a note on what else its state holds, which is left.
 
     Raises:
       CheckpointError: there is no step, it is damaged, or the workdir has no siglip.json.
     """
     contract = read_contract(path)
     step = locate(path)
-    arrays = {name: of_array(array, f"{step}: {name}") for name, array in _restore(step).items()}
-    weights, notes = split(Weights(unstack(arrays), contract, str(step), "workdir"))
+    arrays, notes = _read_arrays(step)
+    lazy = {name: of_array(array, f"{step}: {name}") for name, array in arrays.items()}
+    weights = Weights(unstack(lazy), contract, str(step), "workdir", notes)
     weights.check()
-    return dataclasses.replace(weights, notes=notes)
+    return weights
 
 
 def read_contract(path: pathlib.Path) -> Spec:
@@ -90,25 +92,39 @@ def read_contract(path: pathlib.Path) -> Spec:
     return spec.load(file)
 
 
-def _restore(step: pathlib.Path) -> dict[str, np.ndarray]:
-    import jax
-    import orbax.checkpoint as ocp
+def is_in_subtrees(name: str, subtrees: Iterable[str]) -> bool:
+    """Whether the leaf 'params/SUBTREE/...' of a state is in one of some subtrees of parameters."""
+    branch, _, rest = name.partition("/")
+    return branch == "params" and rest.partition("/")[0] in subtrees
 
-    handler: Any = ocp.PyTreeCheckpointHandler()
-    try:
-        saved = handler.metadata(step / "state").tree["params"]
-        args: Any = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-        item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
-        restored = handler.restore(
-            step / "state",
-            args=ocp.args.PyTreeRestore(
-                item={"params": item}, restore_args={"params": args}, partial_restore=True
-            ),
-        )["params"]
-    except (MemoryError, PermissionError):
-        raise
-    except Exception as error:  # whatever broken files raise in Orbax
-        message = one_line(error, with_type=True)
-        raise CheckpointError(f"checkpoint {step} cannot be read: {message}") from error
-    flat = jax.tree_util.tree_leaves_with_path(restored)
-    return {"/".join(str(k.key) for k in path): np.asarray(array) for path, array in flat}
+
+def left_out(step: pathlib.Path, saved: Iterable[str], subtrees: Iterable[str]) -> tuple[str, ...]:
+    """A note on what of a state is neither in these subtrees of parameters nor the usual state of
+    the optimizer; () where that is all.
+
+    Args:
+      saved: names of the leaves: 'params/decoder/...', 'averaged/img/...', 'carried/...'.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    for name in saved:
+        branch, _, rest = name.partition("/")
+        if branch == "params":
+            if not is_in_subtrees(name, subtrees):
+                counts[f"params/{rest.partition('/')[0]}"] += 1
+        elif branch not in ("step", "opt_state"):
+            counts[branch] += 1
+    if not counts:
+        return ()
+    shown = ", ".join(f"{what} ({count} arrays)" for what, count in counts.items())
+    return (f"{step} also holds {shown}, which were left out",)
+
+
+def _read_arrays(step: pathlib.Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """The arrays of PARTS by name, and notes on all others."""
+    saved = orbax_tree.saved(step)
+    tree: dict[str, Any] = {}
+    for name, leaf in saved.items():
+        if is_in_subtrees(name, PARTS):
+            insert(tree, name, leaf)
+    arrays = orbax_tree.leaves(orbax_tree.to_host(step, tree).get("params", {}) if tree else {})
+    return {n: np.asarray(a) for n, a in arrays.items()}, left_out(step, saved, PARTS)

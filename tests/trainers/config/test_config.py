@@ -96,13 +96,15 @@ def get_config(batch_size=32, lr=1e-2, variant="Ti/8", langs=("en",), runlocal=F
 @pytest.fixture
 def config_file(tmp_path, monkeypatch):
     """A config that is relative to the folder it is run in, as a user's is."""
-    for path, block in FAKES.items():
-        monkeypatch.setitem(schema.BLOCKS, path, block)
-    monkeypatch.delitem(schema.BLOCKS, "model.txt")
+    blocks = dict(schema.BLOCKS)
+    schema.BLOCKS.update(FAKES)
+    del schema.BLOCKS["model.txt"]
     monkeypatch.chdir(tmp_path)
     pathlib.Path("configs").mkdir()
     pathlib.Path("configs/emoji.py").write_text(CONFIG)
-    return "configs/emoji.py"
+    yield "configs/emoji.py"
+    schema.BLOCKS.clear()  # the page of all keys has their order, which setitem would change
+    schema.BLOCKS.update(blocks)
 
 
 def edited(config_file: str, old: str, new: str) -> str:
@@ -292,7 +294,7 @@ def test_a_value_of_another_type_in_the_file_is_refused(config_file, line, told)
 def test_a_line_is_named_only_where_it_is_certain(config_file):
     edited(config_file, "config.lr = lr", "config.seed = 'x'")
     assert refused(config_file).startswith("configs/emoji.py:6: seed = 'x'")
-    edited(config_file, "return config", "return config  # seed")
+    edited(config_file, "return config", "return config  # config.seed = 1")
     assert refused(config_file).startswith("configs/emoji.py: seed = 'x'")
 
 
@@ -499,3 +501,23 @@ def test_a_config_file_needs_nothing_but_ml_collections():
         "assert not ours, ours\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_block_that_names_no_child_gets_the_initial_ones(config_file, monkeypatch):
+    monkeypatch.setitem(
+        schema.BLOCKS, "evals", Block(initial={"a": {"type": "loss"}, "b": {"type": "retrieval"}})
+    )
+
+    def evals(given, *overrides):
+        given = {"input": {"source": {"name": "files", "path": "p"}}, "evals": given}
+        return complete.locked(
+            complete.completed(given, pathlib.Path(config_file), overrides)
+        ).evals
+
+    path = [(f"evals.{name}.source.path", "p") for name in "ab"]
+    path += [(f"evals.{name}.source.name", "files") for name in "ab"]
+    assert {name: e.type for name, e in evals({}, *path).items()} == {"a": "loss", "b": "retrieval"}
+    changed = evals({}, *path, ("evals.a.type", "retrieval"))  # the other one stays
+    assert {name: e.type for name, e in changed.items()} == dict.fromkeys("ab", "retrieval")
+    one = {"c": {"type": "loss", "source": {"name": "files", "path": "p"}}}
+    assert list(evals(one)) == ["c"]

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from tiny_state import abstract, assert_same, make_state, saved
+from tiny_state import DATA, abstract, assert_same, make_state, saved
 
 from base.errors import UserError
 from trainers.state.checkpointing import Checkpoints
@@ -58,10 +59,13 @@ def test_resume_gives_the_whole_state_and_the_data_position(tmp_path):
 
 def test_params_alone_are_read_without_the_rest(tmp_path):
     directory = saved(tmp_path, 10)
-    params = restore_params(tmp_path, abstract(4).params)
+    params, notes = restore_params(tmp_path, abstract(4).params)
+    assert notes == ()
     assert_same(params, make_state(10).params)
     assert len(params["img"]["kernel"].sharding.device_set) == 4
-    fresh = restore_params(directory / "10", jax.eval_shape(make_state).params)  # no sharding given
+    fresh, _ = restore_params(
+        directory / "10", jax.eval_shape(make_state).params
+    )  # no sharding given
     assert_same(fresh, params)
 
 
@@ -121,3 +125,90 @@ def test_a_damaged_checkpoint_of_another_run_is_left_alone(tmp_path):
         with pytest.raises(UserError, match=r"20 cannot be read.*give the directory of another"):
             act()
     assert sorted(path.name for path in directory.iterdir()) == ["10", "20"]
+
+
+# A checkpoint of a run that has more than this one, and leaves that start fresh
+
+
+def with_more(value):
+    """A state with a decoder among its parameters, and two further branches."""
+    params = {**make_state(value).params, "decoder": {"kernel": jnp.full((2, 3), value)}}
+    tx = optax.scale_by_adam()
+    return {
+        "step": jnp.int32(value),
+        "params": params,
+        "opt_state": tx.init(params),
+        "averaged": {"img": params["img"]},
+        "carried": {"centre": jnp.ones(4)},
+    }
+
+
+def save_tree(workdir, tree):
+    checkpoints = Checkpoints(workdir, every=1, keep_last=1, keep_every=None)
+    checkpoints.save(10, tree, DATA)
+    checkpoints.close()
+    return checkpoints.directory / "10"
+
+
+def test_what_a_checkpoint_has_beyond_the_model_is_left_with_a_note(tmp_path):
+    step = save_tree(tmp_path, with_more(10))
+    params, notes = restore_params(tmp_path, abstract(4).params)
+    assert_same(params, make_state(10).params)
+    assert notes == (
+        f"{step} also holds averaged (1 arrays), carried (1 arrays), params/decoder (1 arrays), "
+        "which were left out",
+    )
+    message = error_of(
+        lambda: restore_params(tmp_path, {**abstract().params, "head": abstract().params["t"]})
+    )
+    assert "1 missing there: params/head" in message and "decoder" not in message
+
+
+def started_fresh(workdir, fresh, rows=16):
+    """(restored state, the state that a new run would begin with), both on two devices."""
+    wanted = abstract(2, jax.eval_shape(lambda: make_state(rows=rows)))
+
+    def init():
+        state = make_state(-1.0, rows=rows)
+        return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), state, wanted)
+
+    return restore_state(workdir, wanted, fresh=fresh, init=init)[0], make_state(-1.0, rows=rows)
+
+
+def test_named_parameters_and_their_optimizer_state_start_fresh(tmp_path):
+    saved(tmp_path, 10)
+    state, initial = started_fresh(tmp_path, ("img/.*",), rows=32)  # another shape
+    assert_same(state.params["img"], initial.params["img"])
+    assert_same(state.params["t"], make_state(10).params["t"])
+    assert_same(state.opt_state, initial.opt_state)
+    assert len(state.params["img"]["kernel"].sharding.device_set) == 2
+    state, _ = started_fresh(tmp_path, ("t",))  # of the same shape: fresh too
+    assert_same(state.params["img"], make_state(10).params["img"])
+
+
+def test_what_starts_fresh_may_be_absent_there_or_here(tmp_path):
+    other = make_state(10)
+    other.params["img"]["extra"] = jnp.ones(3)
+    del other.params["t"]
+    save_tree(tmp_path, other.replace(opt_state=make_state().opt_state))
+    state, initial = started_fresh(tmp_path, ("t", "img/.*"))
+    assert_same(state.params, initial.params)
+    with pytest.raises(UserError, match="unknown to the model: params/img/extra"):
+        started_fresh(tmp_path, ("t",))
+    with pytest.raises(UserError, match="missing there: params/t"):
+        started_fresh(tmp_path, ("img/.*",))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("img/kernl", "'img/kernl' matches no parameter; the nearest: img/kernel"),
+        ("img", "'img' matches no parameter"),
+        ("(", "'\\(' is not a regex"),
+    ],
+)
+def test_a_pattern_of_fresh_parameters_that_matches_none_is_one_line(tmp_path, pattern, message):
+    saved(tmp_path, 10)
+    with pytest.raises(UserError, match=f"^config.fresh: {message}") as error:
+        started_fresh(tmp_path, (pattern,))
+    assert "\n" not in str(error.value)
