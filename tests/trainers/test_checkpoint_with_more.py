@@ -21,20 +21,19 @@ LEFT_OUT = "averaged (1 arrays), carried (1 arrays), params/decoder (2 arrays), 
 def runs(tmp_path_factory):
     """(a run, a copy whose checkpoint also has a decoder, an average and carried state)."""
     tiny = Tiny(tmp_path_factory.mktemp("more"))
-    with tiny.cached():
-        plain, more = tiny.folder / "plain", tiny.folder / "more"
-        tiny.train(plain, evals="retrieval", total="2 steps", evals__retrieval__every="")
-        shutil.copytree(plain, more)
-        (more / "results.json").unlink()
-        state = more / "checkpoints" / "2" / "state"
-        handler = ocp.StandardCheckpointer()
-        tree = handler.restore(state.absolute())
-        tree["params"]["decoder"] = {"kernel": np.ones((3, 4), np.float32), "bias": np.ones(3)}
-        tree |= {"averaged": {"img": np.ones(2)}, "carried": {"centre": np.ones(4)}}
-        shutil.rmtree(state)
-        handler.save(state.absolute(), tree)
-        handler.wait_until_finished()
-        yield plain, more
+    plain, more = tiny.folder / "plain", tiny.folder / "more"
+    tiny.train(plain, evals="retrieval", total="2 steps", evals__retrieval__every="")
+    shutil.copytree(plain, more)
+    (more / "results.json").unlink()
+    state = more / "checkpoints" / "2" / "state"
+    handler = ocp.StandardCheckpointer()
+    tree = handler.restore(state.absolute())
+    tree["params"]["decoder"] = {"kernel": np.ones((3, 4), np.float32), "bias": np.ones(3)}
+    tree |= {"averaged": {"img": np.ones(2)}, "carried": {"centre": np.ones(4)}}
+    shutil.rmtree(state)
+    handler.save(state.absolute(), tree)
+    handler.wait_until_finished()
+    return plain, more
 
 
 def test_the_towers_are_read_and_the_rest_is_named_in_one_note(runs):
