@@ -34,7 +34,20 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+# beartype holds every call to the shapes in its signature. Before the packages are imported, and
+# only for the files that name shapes: decorating the others would double the time of imports.
+PACKAGES = ("siglip", "input_pipeline", "embedding", "evaluators", "trainers")
+WITH_SHAPES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+    if "from jaxtyping import" in path.read_text()
+]
+BEARTYPE = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"  # 1 is a float
+jaxtyping.install_import_hook(WITH_SHAPES, BEARTYPE)
 
 from programs import prepare_table  # noqa: E402
 
