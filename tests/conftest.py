@@ -35,17 +35,19 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 # beartype holds every call to the shapes in its signature. Before the packages are imported, and
 # only for the files that name shapes: decorating the others would double the time of imports.
-PACKAGES = ("siglip", "input_pipeline", "embedding", "evaluators", "trainers")
+PACKAGES = ("siglip/losses", "siglip/towers", "input_pipeline/transforms")
 WITH_SHAPES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for package in PACKAGES
     for path in sorted((ROOT / package).rglob("*.py"))
     if "from jaxtyping import" in path.read_text()
 ]
+jaxtyping.Array = jax.Array | np.ndarray  # as every function of JAX takes NumPy's arrays too
 BEARTYPE = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"  # 1 is a float
 jaxtyping.install_import_hook(WITH_SHAPES, BEARTYPE)
 
