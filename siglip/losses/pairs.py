@@ -18,7 +18,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
 
 NEGATIVES = ("all", "random", "hard", "easy")
 DUPLICATES = ("negative", "ignore", "positive")
@@ -84,7 +84,9 @@ class Pairs:
                 counted = others if counted is None else counted & others
         return positive, counted
 
-    def key(self, s: Float[Array, "r c"], img: dict, txt: dict, seed) -> UInt32[Array, "r c"]:
+    def key(
+        self, s: Float[Array, "r c"] | None, img: dict, txt: dict, seed
+    ) -> UInt32[Array, "r c"]:
         """Keys that order negatives: those with the largest are kept. `s` are cosines."""
         if self.negatives == "random":
             return pair_hash(seed, img["index"], txt["index"])
@@ -102,7 +104,7 @@ def labels(
     ztxt: Float[Array, "n d"],
     mask: Bool[Array, " n"] | None = None,
     ids: Int[Array, "n k"] | None = None,
-    seed: int = 0,
+    seed: Integer[Array, ""] | int = 0,
 ) -> Int[Array, "n n"]:
     """The labels z of definitions.sigmoid_loss: +1 positive, -1 negative, 0 left out."""
     n = len(zimg)

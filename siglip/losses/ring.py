@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from siglip.losses.definitions import Loss
 from siglip.losses.negatives import kept, least_kept_key
@@ -75,7 +75,7 @@ def sigmoid_loss(
     b: Float[Array, ""] | None,
     mask: Bool[Array, " N"] | None = None,
     ids: Int[Array, "N k"] | None = None,
-    seed: Int[Array, ""] | int = 0,
+    seed: Integer[Array, ""] | int = 0,
     *,
     mesh: Mesh,
     axes: tuple[str, ...] = (),
