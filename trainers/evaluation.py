@@ -47,6 +47,7 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
     setup = make_setup(config)
     evaluators = make_evaluators(setup)
     params = params_to_evaluate(setup, start)
+    averaged = averages_to_evaluate(setup, start)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         if start.kind == "init":  # results without a run: config.json says of which weights
@@ -57,7 +58,8 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
         if jax.process_index() == 0:
             what = f"at step {start.step}" if start.kind == "workdir" else f"of {start.path}"
             print(f"evaluating {name} {what}", flush=True)
-        final[name] = _numbers(evaluator, params)
+        wants_averaged = config.evals[name].params == "averaged"
+        final[name] = _numbers(evaluator, {**params, **averaged} if wants_averaged else params)
     announce.report(final, evaluators, workdir)
     return final
 
@@ -75,6 +77,18 @@ def params_to_evaluate(setup: Setup, start: Start) -> PyTree:
     params, notes = initial.initial_params(setup, fresh, start.path or "")
     announce.notes(notes)
     return params
+
+
+def averages_to_evaluate(setup: Setup, start: Start) -> PyTree:
+    """Moving averages of the towers' parameters, where an evaluator asks for them; with the weights
+    of config.init there are none yet, the averages would begin at the parameters."""
+    config = setup.config
+    asked = any(block.params == "averaged" for block in config.evals.values())
+    if not asked or start.kind != "workdir":
+        return {}
+    towers = sharded(setup.abstract_towers(), setup.mesh)
+    abstract = {name: towers[name] for name in config.average.what if name in towers}
+    return restoring.restore_averaged(str(start.path), abstract)
 
 
 def run_evaluators(run: TrainingRun, state: TrainState, step: int, names: Iterable[str]) -> Results:

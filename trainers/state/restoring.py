@@ -82,6 +82,22 @@ def restore_params(
         raise UserError(f"{damage}; give the directory of another step") from damage
 
 
+def restore_averaged(path: str | pathlib.Path, abstract: PyTree) -> PyTree:
+    """The moving averages of a checkpoint, of those subtrees of parameters that `abstract` has.
+
+    Raises:
+      UserError: they are not there, do not fit the model, or the checkpoint is damaged.
+    """
+    step = locate(path)
+    wanted = {"averaged": abstract}
+    try:
+        saved = {n: x for n, x in orbax_tree.saved(step).items() if n in orbax_tree.leaves(wanted)}
+        _check_fits(step, saved, orbax_tree.leaves(wanted))
+        return orbax_tree.to_devices(step, wanted, partial=True)["averaged"]
+    except DamagedCheckpoint as damage:
+        raise UserError(f"{damage}; give the directory of another step") from damage
+
+
 def read_step(step: pathlib.Path, abstract_state: PyTree) -> tuple[PyTree, dict]:
     """(state, data) of one step directory.
 
