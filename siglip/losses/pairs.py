@@ -87,9 +87,11 @@ class Pairs:
     def key(
         self, s: Float[Array, "r c"] | None, img: dict, txt: dict, seed
     ) -> UInt32[Array, "r c"]:
-        """Keys that order negatives: those with the largest are kept. `s` are cosines."""
+        """Keys that order negatives: those with the largest are kept. `s` are cosines, which random
+        negatives do not need."""
         if self.negatives == "random":
             return pair_hash(seed, img["index"], txt["index"])
+        assert s is not None
         # Negated for easy ones, and -0 is 0. Unsigned order of the bits is then that of the
         # numbers, once the sign bit is flipped, and all bits of negative ones.
         s = jnp.where(s == 0, 0.0, -s if self.negatives == "easy" else s)

@@ -105,8 +105,8 @@ def _first_line(fn: Callable) -> str:
 def _name(fn: Callable | None) -> str:
     if fn is None:
         return ""
-    fn = getattr(fn, "func", fn)
-    return f"{fn.__module__}.{fn.__qualname__}"
+    plain: Callable = getattr(fn, "func", fn)
+    return f"{plain.__module__}.{plain.__qualname__}"
 
 
 def page() -> str:
