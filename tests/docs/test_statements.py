@@ -114,6 +114,25 @@ def _importable(module: str) -> bool:
 
 
 @pages()
+def test_every_flag_of_a_command_exists(text):
+    """`--flag` stands in a file beside the program that the command starts."""
+    command = r"python (?:-m ([\w.]+)|main\.py)((?:[^\n`#]|\\\n)*)"
+    for module, arguments in re.findall(command, text):
+        if module and not _is_ours(module):
+            continue
+        folder = ROOT / "/".join(module.split("."))
+        folder = folder if folder.is_dir() else folder.parent
+        files = folder.glob("*.py") if module else [ROOT / "main.py"]
+        source = "".join(file.read_text() for file in files)
+        flags = set(re.findall(r"(?<!\S)--([a-z_]\w*)(?=[\s=]|$)", arguments))
+        assert not [flag for flag in sorted(flags) if f'"--{flag}"' not in source], arguments
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in FOLDERS
+
+
+@pages()
 def test_every_config_key_exists(text):
     assert not [key for key in sorted(keys_in(text)) if not is_key(key)]
 
