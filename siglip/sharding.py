@@ -17,6 +17,10 @@ SMALL = 2**14  # elements; smaller parameters cost more to gather than to keep
 def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
     """A mesh over all devices of all processes; one of the sizes may be -1 ("the rest").
 
+    Args:
+      data: number of groups of devices, each with a whole copy of the parameters; -1: the rest.
+      fsdp: devices that share one copy of parameters and optimizer state; -1: the rest.
+
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """

@@ -32,14 +32,14 @@ from siglip.losses.tiles import Shard, Tile, Wanted, loss_over_mesh
 def make_sigmoid_loss(
     mesh: Mesh,
     *,
-    exchange: str = "auto",
-    dtype: str = "float32",
-    tile: int = 0,
-    unroll: int = 1,
-    relative_bias: bool = False,
-    negatives: str = "all",
-    ratio: int = 0,
-    duplicates: str = "negative",
+    exchange: str = "auto",  # 'ring', 'bidirectional' or 'gather'; 'auto' asks a cost model
+    dtype: str = "float32",  # of the factors of the matmuls; logits and sums are float32
+    tile: int = 0,  # rows of a travelling block whose logits are in memory at a time; 0 chooses
+    unroll: int = 1,  # steps of the ring per iteration of its loop; more costs memory
+    relative_bias: bool = False,  # logits are t (x.y - b) instead of t x.y + b
+    negatives: str = "all",  # of each image: 'all', or `ratio` 'random', 'hard' or 'easy' ones
+    ratio: int = 0,  # number of negatives that an image keeps, with negatives other than 'all'
+    duplicates: str = "negative",  # pairs of equal text or image: 'negative', 'ignore', 'positive'
 ) -> Loss:
     """The sigmoid loss for the trainer, over all axes of `mesh`; options as in `sigmoid_loss`."""
     options: dict[str, Any] = dict(exchange=exchange, dtype=dtype, tile=tile, unroll=unroll)
@@ -54,11 +54,11 @@ def make_sigmoid_loss(
 def make_softmax_loss(
     mesh: Mesh,
     *,
-    exchange: str = "auto",
-    dtype: str = "float32",
-    tile: int = 0,
-    unroll: int = 1,
-    duplicates: str = "negative",
+    exchange: str = "auto",  # 'ring', 'bidirectional' or 'gather'; 'auto' asks a cost model
+    dtype: str = "float32",  # of the factors of the matmuls; logits and sums are float32
+    tile: int = 0,  # rows of a travelling block whose logits are in memory at a time; 0 chooses
+    unroll: int = 1,  # steps of the ring per iteration of its loop; more costs memory
+    duplicates: str = "negative",  # pairs of equal text or image: 'negative' or 'ignore'
 ) -> Loss:
     """CLIP's loss for the trainer, over all axes of `mesh`; options as in `softmax_loss`."""
     options: dict[str, Any] = dict(exchange=exchange, dtype=dtype, tile=tile, unroll=unroll)

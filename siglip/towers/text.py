@@ -120,7 +120,7 @@ def make_text(
     Args:
       dtype, scan, remat: as in vit.make_vit.
       variant: a name of transformer.VARIANTS: 'B', 'So400m', ...
-      width, depth, mlp_dim, num_heads: replace single sizes of the variant.
+      width, depth, mlp_dim, num_heads: replaces that of the variant; None keeps it.
       vocab_size: rows of the token table; the trainer fills in its tokenizer's.
       pool: 'last' token, 'first', 'gap' (mean), 'max', or 'map' (attention pooling).
       out_dim: width of the Dense head; 0 or None has none. make_model fills in the width of the

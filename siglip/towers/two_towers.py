@@ -124,7 +124,10 @@ def make_model(
         prior of its batch, log(p / (1 - p)) with p = 1 / N, in the place of 'auto'.
       dtype: of matmuls in towers and head. Parameters, residuals, embeddings and logits are
         float32.
-      scan, remat: see transformer.Encoder.
+      scan: one traced block for all layers, which compiles in the time of one; the parameter tree
+        has a leading layer axis then (transformer.Encoder).
+      remat: what the backward pass recomputes to save memory: 'none', 'full' keeps only the input
+        of each block, 'dots' also the outputs of matmuls.
 
     Raises:
       ValueError: the towers' embeddings differ in width, or a value is invalid.

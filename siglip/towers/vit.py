@@ -198,7 +198,7 @@ def make_vit(
       scan, remat: see transformer.Encoder.
       variant: 'S/16', 'B/16', 'So400m/14', ...: a name of transformer.VARIANTS and a patch size.
         Or 'precomputed', whose images are embeddings of `width` numbers; nothing else is set there.
-      width, depth, mlp_dim, num_heads: replace single sizes of the variant.
+      width, depth, mlp_dim, num_heads: replaces that of the variant; None keeps it.
       pool: 'map' (attention pooling), 'gap' (mean of the tokens), 'tok' (class token).
       out_dim: width of a Dense head; None has none, as SigLIP.
       drop_patches: share of the patches left out in training, chosen anew for every image.

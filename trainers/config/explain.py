@@ -73,13 +73,13 @@ def meanings(fn: Callable) -> dict[str, str]:
     docs = [inspect.getdoc(fn) or ""]
     if inspect.isclass(fn):
         docs.append(inspect.getdoc(fn.__init__) or "")
-    found = {}
+    texts = {}
     for name in parameters_of(fn):
         comment = re.search(rf"^\s*{name}\s*:[^\n]*?  # ([^\n]+)$", source, re.MULTILINE)
         entries = [entry for doc in docs if (entry := _entry(name, doc))]
         if comment or entries:
-            found[name] = comment[1] if comment else entries[0]
-    return found
+            texts[name] = comment[1] if comment else entries[0]
+    return texts
 
 
 def _entry(name: str, doc: str) -> str:

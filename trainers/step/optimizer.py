@@ -25,13 +25,22 @@ from trainers.step.schedules import SCHEDULES, Schedule, Step
 # Directions: transformations that turn a gradient into a step of about unit size.
 
 
-def adamw(*, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8) -> optax.GradientTransformation:
-    """Adam's direction (the decay of AdamW is the chain's). b2 0.95 is SigLIP's, not Adam's."""
+def adamw(
+    *,
+    b1: float = 0.9,  # decay of the first moment
+    b2: float = 0.95,  # decay of the second moment; SigLIP's, where Adam's is 0.999
+    eps: float = 1e-8,  # added to the square root of the second moment
+) -> optax.GradientTransformation:
+    """Adam's direction; the weight decay of AdamW is a later link of the chain."""
     return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
 
 def adafactor(
-    *, b1: float = 0.9, beta2_cap: float = 0.95, decay_rate: float = 0.8, min_dim: int = 32
+    *,
+    b1: float = 0.9,  # decay of the momentum, which is kept in bfloat16
+    beta2_cap: float = 0.95,  # upper bound of the second moment's decay
+    decay_rate: float = 0.8,  # exponent in its decay, 1 - (step + 1)^-decay_rate
+    min_dim: int = 32,  # smaller matrices keep their second moment whole, not factored
 ) -> optax.GradientTransformation:
     """Adafactor of "Scaling Vision Transformers" (2106.04560, 3.4) as big_vision writes it.
 
@@ -51,7 +60,11 @@ def adafactor(
     )
 
 
-def lion(*, b1: float = 0.9, b2: float = 0.99) -> optax.GradientTransformation:
+def lion(
+    *,
+    b1: float = 0.9,  # share of the momentum in the direction, the rest is the gradient
+    b2: float = 0.99,  # decay of the momentum
+) -> optax.GradientTransformation:
     """Lion's direction, the sign of an interpolated momentum (2302.06675)."""
     return optax.scale_by_lion(b1=b1, b2=b2)
 
@@ -105,8 +118,13 @@ def make_tx(
 
 
 def frozen_mask(config: Any, params: PyTree) -> PyTree[bool]:
-    """A tree like `params`, True where config.frozen says so: stop those gradients, XLA drops
-    their backward pass. Raises UserError where nothing is left to train."""
+    """A tree like `params`, True for what config.frozen freezes.
+
+    Where the caller stops the gradients of these, XLA drops their backward pass.
+
+    Raises:
+      UserError: a rule does not fit the parameters, or nothing is left to train.
+    """
     values = match_rules(config.frozen, path_names(params), key="frozen")
     for name, value in values.items():
         if not isinstance(value, bool):
@@ -117,8 +135,8 @@ def frozen_mask(config: Any, params: PyTree) -> PyTree[bool]:
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """optax.clip_by_global_norm as one multiplication, which XLA fuses into the optimizer: it need
-    not write the clipped gradients down."""
+    """optax.clip_by_global_norm as one multiplication, which XLA fuses into the optimizer: clipped
+    gradients are never written to memory."""
 
     def clip(grads: PyTree, params: PyTree = None) -> PyTree:
         del params
@@ -133,13 +151,13 @@ def _scale_and_decay(
 ) -> optax.GradientTransformation:
     """update <- lr * lr_mult * update + wd * wd_mult * param."""
 
-    def one(path, update, param):
+    def scale(path, update, param):
         name = path_name(path)
         update = lr * lr_mults[name] * update
         decay = wd * wd_mults[name]
         return update + decay * param if decay else update
 
-    return optax.stateless(functools.partial(jax.tree_util.tree_map_with_path, one))
+    return optax.stateless(functools.partial(jax.tree_util.tree_map_with_path, scale))
 
 
 def _make_schedule(

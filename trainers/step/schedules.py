@@ -1,4 +1,4 @@
-"""Learning-rate schedules with unit peak: step -> factor in [0, 1]. `step` counts updates made.
+"""Learning-rate schedules with unit peak: step -> factor in [0, 1]. `step` counts past updates.
 
 Every schedule is `fn(total_steps, to_steps, *, config keys) -> fn(step) -> f32 scalar`, where
 `to_steps(text, key)` turns a duration into steps (durations.to_steps with the run's numbers).
@@ -18,7 +18,12 @@ Schedule = Callable[[Step], Float[Array, ""]]
 ToSteps = Callable[[str, str], int | None]
 
 
-def cosine(total_steps: int, to_steps: ToSteps, *, warmup: str = "0 steps") -> Schedule:
+def cosine(
+    total_steps: int,
+    to_steps: ToSteps,
+    *,
+    warmup: str = "0 steps",  # duration of the warm-up
+) -> Schedule:
     """Linear warm-up from 0, then half a cosine to 0 at `total_steps`."""
 
     def decay(progress, steps):
@@ -28,7 +33,11 @@ def cosine(total_steps: int, to_steps: ToSteps, *, warmup: str = "0 steps") -> S
 
 
 def linear(
-    total_steps: int, to_steps: ToSteps, *, warmup: str = "0 steps", end: float = 0.0
+    total_steps: int,
+    to_steps: ToSteps,
+    *,
+    warmup: str = "0 steps",  # duration of the warm-up
+    end: float = 0.0,  # factor of the peak at the end of the run
 ) -> Schedule:
     """Linear warm-up from 0, then a line to `end` (a share of the peak) at `total_steps`."""
 
@@ -39,7 +48,11 @@ def linear(
 
 
 def constant(
-    total_steps: int, to_steps: ToSteps, *, warmup: str = "0 steps", cooldown: str = "0 steps"
+    total_steps: int,
+    to_steps: ToSteps,
+    *,
+    warmup: str = "0 steps",  # duration of the warm-up
+    cooldown: str = "0 steps",  # duration of the cool-down, at the end of the run
 ) -> Schedule:
     """Linear warm-up from 0, 1 in between, linear cool-down to 0 at `total_steps`."""
 
@@ -53,9 +66,9 @@ def rsqrt(
     total_steps: int,
     to_steps: ToSteps,
     *,
-    warmup: str = "0 steps",
-    cooldown: str = "0 steps",
-    timescale: str = "10000 steps",
+    warmup: str = "0 steps",  # duration of the warm-up
+    cooldown: str = "0 steps",  # duration of the cool-down, at the end of the run
+    timescale: str = "10000 steps",  # duration after which the factor is 1 / sqrt(2)
 ) -> Schedule:
     """Linear warm-up, then 1 / sqrt(1 + steps after the warm-up / timescale), linear cool-down.
 
@@ -72,10 +85,13 @@ def rsqrt(
 
 
 def _ramped(decay, total_steps, to_steps, warmup, cooldown="0 steps") -> Schedule:
-    """decay(progress after the warm-up in [0, 1], steps after it) between the two ramps."""
+    """The schedule that multiplies `decay` by a linear warm-up and a linear cool-down.
+
+    decay(progress, steps) gets the progress after the warm-up, in [0, 1], and the steps after it.
+    """
     up = to_steps(warmup, "schedule.warmup") or 0
     down = to_steps(cooldown, "schedule.cooldown") or 0
-    # A run of 0 or 1 steps is a check of the set-up and may pass.
+    # A run of 0 or 1 steps only checks the set-up, so ramps longer than it are no mistake.
     if total_steps > 1 and up + down >= total_steps:
         ramps = f"warmup = {warmup!r}" + (f" and cooldown = {cooldown!r}" if down else "")
         raise UserError(

@@ -54,6 +54,12 @@ def test_the_page_of_all_keys_is_up_to_date():
     assert page == explain.page(), f"write it anew: {explain.COMMAND}"
 
 
+def test_every_key_of_the_page_has_a_meaning():
+    rows = [line for line in explain.page().splitlines() if line.startswith("| `")]
+    assert rows
+    assert [row for row in rows if row.endswith("|  |")] == []
+
+
 @pytest.mark.parametrize(
     "keys",
     [
