@@ -12,6 +12,7 @@ import re
 
 import pytest
 
+from trainers.config import complete
 from trainers.config.schema import BLOCKS, leaf, parameters_of, parent, pattern_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -102,7 +103,7 @@ def test_every_file_that_is_named_exists(text):
 
 @pages()
 def test_every_module_of_a_command_can_be_imported(text):
-    modules = set(re.findall(r"python3? -m ([\w.]+\w)", text))
+    modules = set(re.findall(r"python3?\s+-m\s+([\w.]+\w)", text))
     assert not [module for module in sorted(modules) if not _importable(module)]
 
 
@@ -191,3 +192,18 @@ def test_the_tree_in_the_readme_is_that_of_the_repository():
     packages = {f"{path.parent.relative_to(ROOT)}/" for path in ROOT.glob("[a-z]*/__init__.py")}
     packages |= {f"{path.parent.relative_to(ROOT)}/" for path in ROOT.glob("[a-z]*/*/__init__.py")}
     assert packages <= named
+
+
+def test_the_config_of_a_mixture_is_valid(tmp_path):
+    (code,) = re.findall(r"```python\n(# mine\.py.*?)```", TEXTS["docs/input.md"], re.DOTALL)
+    (tmp_path / "mine.py").write_text(code)
+    config = complete.load(str(tmp_path / "mine.py"))
+    assert [part.weight for part in config.input.mixture.values()] == [3.0, 1.0]
+
+
+def test_the_options_of_the_ring_page_are_those_of_the_losses():
+    """Keys of config.objectives.contrastive stand in its table without the block."""
+    table = TEXTS["docs/ring.md"].partition("## Options")[2].partition("\n\n**")[0]
+    settings = re.findall(r"^\| `(?!config)([a-z_]+)", table, re.MULTILINE)
+    assert len(settings) >= 5
+    assert all(is_key(f"objectives.contrastive.{name}") for name in settings)
