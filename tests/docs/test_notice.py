@@ -33,3 +33,10 @@ def test_the_notice_credits_whom_the_file_of_prompts_credits():
     words = " ".join(NOTICE.split())
     for holder in ("Copyright (c) 2021 OpenAI", "Mitchell Wortsman", "Ludwig Schmidt"):
         assert holder in "\n".join(licence) and holder in words
+
+
+def test_the_readme_cites_the_version_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = (ROOT / "README.md").read_text().partition("@software")[2]
+    assert f"version = {{{project['version']}}}" in citation
+    assert project["name"] in citation
