@@ -173,7 +173,7 @@ def log_odds(batch_size: int, ratio: int = 0) -> float:
     return -math.log(min(ratio, negatives) if ratio else negatives)
 
 
-def check_ids(pairs: Pairs, ids: jax.Array | None) -> None:
+def check_ids(pairs: Pairs, ids: Int[Array, "n k"] | None) -> None:
     """Raises ValueError where the options need ids and there are none."""
     if pairs.duplicates != "negative" and ids is None:
         raise ValueError(f"duplicates {pairs.duplicates!r} needs ids of the rows")
