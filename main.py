@@ -1,4 +1,4 @@
-"""Trains or evaluates what a config file says: see --help."""
+"""Trains a model, or evaluates it, as a config file says: see --help."""
 
 import argparse
 import os
@@ -54,7 +54,7 @@ def make_parser() -> Parser:
     add("--workdir", metavar="path", help="folder of the run: checkpoints, logs, results")
     add("--eval_only", action="store_true", help="evaluate the workdir's newest checkpoint")
     add("--show_config", action="store_true", help="print the complete config and do nothing else")
-    group = parser.add_argument_group("several processes (found by themselves in SLURM, TPU pods)")
+    group = parser.add_argument_group("several processes (detected in SLURM and in TPU pods)")
     add = group.add_argument
     add(
         "--coordinator_address",
@@ -104,7 +104,7 @@ def _main(argv: list[str]) -> int:
         (trainers.evaluate if flags.eval_only else trainers.train)(config, flags.workdir)
     except UserError as mistake:
         return distributed.leave(decision, report(MISTAKE, f"error: {mistake}"))
-    except SaveError as failure:  # a full disk, say: nothing was lost but the last save
+    except SaveError as failure:  # such as a full disk: only the last save is lost
         return distributed.leave(decision, report(FAILED, f"error: {failure}"))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -123,7 +123,7 @@ def _main(argv: list[str]) -> int:
 
 
 def check_flags(parser: Parser, flags: argparse.Namespace, rest: list[str]) -> None:
-    """UserError if the flags are no command."""
+    """Raises UserError for flags that make no command together."""
     known = [option for action in parser._actions for option in action.option_strings]
     for arg in rest:
         if re.match(r"-+[a-zA-Z]", arg) and not re.match(r"--?(no)?config\.", arg):
@@ -187,15 +187,15 @@ def prepare(flags: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
     compilation.set_flags(
         os.environ, cpu_devices=config.mesh.cpu_devices, nvidia=compilation.NVIDIA.exists()
     )
-    if not decision.join:  # else all would have to find the same programs, or none
+    if not decision.join:  # several would all have to find the same programs, or none
         compilation.keep_programs(os.environ)
     return config, decision
 
 
 def out_of_memory(config: Any, error: Exception) -> str:
-    """What to do about a device without memory, as one line."""
-    asked = re.search(r"allocating (\d+) bytes", str(error))
-    size = f" (a buffer of {int(asked[1]) / 1e9:.1f} GB)" if asked else ""
+    """The error line for a device that ran out of memory, with what to change."""
+    match = re.search(r"allocating (\d+) bytes", str(error))
+    size = f" (a buffer of {int(match[1]) / 1e9:.1f} GB)" if match else ""
     batch = config.input.batch_size
     return (
         f"the device has no memory for this{size}: embed fewer of the {batch} pairs at a time, "
@@ -205,9 +205,9 @@ def out_of_memory(config: Any, error: Exception) -> str:
 
 
 def interrupt(signum: int, frame: Any) -> NoReturn:
-    """Ends what has nothing to save.
+    """The signal handler for all but the training loop: raises KeyboardInterrupt.
 
-    Python drops an exception that is raised in a callback, such as the garbage collector's: then
+    Python drops an exception that is raised in a callback, such as the garbage collector's. Then
     the training loop sees `asked` and stops at its first step.
     """
     interrupt.asked = True

@@ -1,10 +1,10 @@
-"""Which source reads a path."""
+"""Chooses the source that reads a path."""
 
 
 def of(path: str, split: str, **settings) -> dict:
     """The config's block for a table, or for a pattern of tar, Parquet or ArrayRecord files.
 
-    Only tables have splits: other splits of the others are other files.
+    `split` is for tables alone; the other formats have files of their own for each split.
     """
     for suffix, name in ((".tar", "webdataset"), (".parquet", "parquet")):
         if path.endswith((suffix, suffix + "}")):

@@ -1,4 +1,4 @@
-"""Which tokenizer reads a file."""
+"""Chooses the tokenizer that reads a file."""
 
 
 def of(file: str) -> dict:

@@ -1,4 +1,4 @@
-"""CLIP's softmax loss in SigLIP's setting: the baseline that arXiv 2303.15343 compares with.
+"""Trains with CLIP's softmax loss in SigLIP's setting, the baseline of arXiv 2303.15343.
 
   python main.py --config configs/clip_b16.py:dataset=my_pairs,data_dir=/data/tfds,\
 tokenizer=/data/c4_en.model --workdir runs/clip_b16

@@ -1,10 +1,10 @@
-"""Emoji and their names in up to 36 languages: a small real set (1,461 pictures to train on).
+"""Trains on emoji and their names in up to 36 languages: a small real set of 1,461 pictures.
 
   python main.py --config configs/emoji.py:data_dir=FOLDER --workdir runs/emoji
   python main.py --config "configs/emoji.py:data_dir=FOLDER,languages='en,de,fr'" --workdir runs/e3
 
 FOLDER is what `python -m programs.prepare_table` wrote; languages=all takes every language of it.
-Retrieval among the 175 held-out pictures, and zero-shot classification into their 8 groups.
+It evaluates retrieval among 175 held-out pictures, and classification into their 8 groups.
 """
 
 from ml_collections import ConfigDict

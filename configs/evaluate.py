@@ -1,11 +1,11 @@
-"""Released or own weights on ImageNet (zero-shot) and COCO (retrieval); nothing is trained.
+"""Evaluates released or own weights on ImageNet (zero-shot) and COCO (retrieval).
 
   python main.py --eval_only --config configs/evaluate.py:init=FOLDER,data_dir=/data/tfds \
 --workdir runs/judged
 
 `data_dir` holds imagenet2012 and coco_captions prepared by TFDS as ArrayRecord; `what` chooses one.
-Or one's own: path=pairs.jsonl,images=photos.zip measures retrieval on all of them, or on one
-`split` of a table. `init`, `model`, `tokenizer` and `res` are as in configs/finetune.py.
+path=pairs.jsonl,images=photos.zip measures retrieval on pairs of your own: on all of them, or on
+one `split` of a table. `init`, `model`, `tokenizer` and `res` are as in configs/finetune.py.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ def get_config(
 ) -> ConfigDict:
     if not (init and (data_dir or path)):
         raise ValueError("pass init=WEIGHTS and data_dir=FOLDER (or path=PAIRS)")
-    # --eval_only never reads the training data, so that any source will do.
+    # --eval_only never reads the training data, so any source will do.
     config = finetune.get_config(
         init=init,
         path=path or data_dir,

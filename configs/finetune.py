@@ -1,4 +1,4 @@
-"""Released or own weights, fine-tuned on your own pairs by one of five recipes.
+"""Fine-tunes released or own weights on your own pairs, by one of five recipes.
 
   python main.py --config configs/finetune.py:init=weights/siglip2-b16-256,path=pairs.jsonl \
 --workdir runs/mine

@@ -1,9 +1,9 @@
-"""Photographs of groceries (2,640 to train on), captions made of their class names.
+"""Trains on 2,640 photographs of groceries, with captions from their class names.
 
   python main.py --config configs/grocery.py:data_dir=FOLDER --workdir runs/grocery
 
 FOLDER is what `python -m programs.prepare_table` wrote.
-Zero-shot classification of the 2,485 test photos into 81 fine and 43 coarse classes.
+It evaluates zero-shot classification of 2,485 test photos into 81 fine and 43 coarse classes.
 """
 
 from ml_collections import ConfigDict

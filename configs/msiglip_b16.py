@@ -1,4 +1,4 @@
-"""mSigLIP: SigLIP B/16 on pairs in a hundred languages (arXiv 2303.15343, 4.3).
+"""Trains mSigLIP: SigLIP B/16 on pairs in a hundred languages (arXiv 2303.15343, 4.3).
 
   python main.py --config configs/msiglip_b16.py:dataset=my_pairs,data_dir=/data/tfds,\
 tokenizer=/data/mc4.model --workdir runs/msiglip_b16

@@ -1,4 +1,4 @@
-"""Your own image-text pairs: from scratch, or fine-tuning with config.init.
+"""Trains on your own image-text pairs, from scratch or from the weights of config.init.
 
   python main.py --config configs/pairs.py:path=pairs.jsonl,images=photos.zip --workdir runs/mine
   python main.py --config "configs/pairs.py:path='cc/{0000..0331}.tar',val_path='cc/0332.tar'" ...
@@ -32,7 +32,7 @@ def get_config(
     config.model = ConfigDict(
         {"img": {"variant": f"{variant}/{patch_size}"}, "txt": {"variant": variant}}
     )
-    # Without a path --config.input.source.path=... gives it.
+    # Without `path`, --config.input.source.path=... must give one.
     settings = {"images": images}
     config.input = ConfigDict(
         {

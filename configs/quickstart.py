@@ -1,4 +1,4 @@
-"""A model learns in a minute: drawn scenes, made on the spot, the ring loss over 4 CPU devices.
+"""Trains a small model in a minute, on drawn scenes, with the ring loss over 4 CPU devices.
 
 make quickstart
 python main.py --config configs/quickstart.py --workdir runs/quickstart
@@ -6,7 +6,7 @@ python main.py --config configs/quickstart.py --workdir runs/quickstart
 
 from ml_collections import ConfigDict
 
-# Prompts are whole captions, with many second shapes, of whose embeddings the mean is taken.
+# A prompt is a whole caption, so the embeddings of prompts with many second shapes are averaged.
 TEMPLATES = tuple(
     f"a {{}} {relation} a small {second} on {ground}"
     for relation, second, ground in [

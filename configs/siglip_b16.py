@@ -1,4 +1,4 @@
-"""SigLIP B/16 from scratch at 224 px, as in arXiv 2303.15343 (4.2): the reference run.
+"""Trains SigLIP B/16 from scratch at 224 px, the reference run of arXiv 2303.15343 (4.2).
 
   python main.py --config configs/siglip_b16.py:dataset=my_pairs,data_dir=/data/tfds,\
 tokenizer=/data/c4_en.model --workdir runs/siglip_b16
@@ -99,7 +99,7 @@ def get_config(
 
 
 def shrink(config: ConfigDict) -> None:
-    """A few steps of a tiny model on the same files, in a minute on a laptop."""
+    """Shrinks the run to a few steps of a tiny model on the same files: a minute on a laptop."""
     config.total = "6 steps"
     config.log_every = 1
     config.input.batch_size = 32

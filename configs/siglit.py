@@ -1,4 +1,4 @@
-"""SigLiT from embeddings that were computed once (arXiv 2303.15343, 4.1 and 4.4).
+"""Trains SigLiT from precomputed image embeddings (arXiv 2303.15343, 4.1 and 4.4).
 
   python -m programs.embed --model siglip-b16-224 --source files path=pairs.jsonl --what image \
 --out embedded

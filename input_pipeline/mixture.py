@@ -25,7 +25,7 @@ class Mixture:
       UserError: there is no part, a part is empty, or a weight is out of range.
     """
 
-    class_names = None  # labels of different sources mean different things
+    class_names = None  # the same label is another class in another source
 
     def __init__(self, parts: Mapping[str, Any], weights: tuple[float, ...]):
         for name, part in parts.items():
@@ -48,17 +48,19 @@ class Mixture:
         return int(self._starts[-1])
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        part, inside = self._find(i)
-        return {"source": self.names[part], **self._parts[part][inside]}
+        part, index = self._find(i)
+        return {"source": self.names[part], **self._parts[part][index]}
 
     def identity(self, i: int) -> int:
         """A number below `identities`, the same for the same example."""
-        part, inside = self._find(i)
-        return self._first_identity[part] + identity(self._parts[part], inside)
+        part, index = self._find(i)
+        return self._first_identity[part] + identity(self._parts[part], index)
 
     def order(self, seed: int) -> "_MixedOrder":
-        """Position in the stream -> index. Each part has a seed of its own, so that two copies of
-        a source do not come in the same order."""
+        """Position in the stream -> index.
+
+        Each part has a seed of its own, so that two copies of a source have different orders.
+        """
         seeds = np.random.SeedSequence(seed).generate_state(len(self._parts))
         orders = [order_of(part, int(seed)) for part, seed in zip(self._parts, seeds)]
         return _MixedOrder(self._pattern, orders, self._starts)
@@ -71,14 +73,14 @@ class Mixture:
 
 
 class _MixedOrder:
-    """Maps a position to an index: the pattern gives the part, the part's order its example."""
+    """Maps a position to an index: the pattern gives the part, and its order the example."""
 
     def __init__(self, pattern: Pattern, orders: list, starts: np.ndarray):
         self._pattern, self._orders, self._starts = pattern, orders, starts
 
     def __getitem__(self, position: int) -> int:
-        part, inside = self._pattern[position]
-        return int(self._starts[part]) + self._orders[part][inside]
+        part, index = self._pattern[position]
+        return int(self._starts[part]) + self._orders[part][index]
 
 
 class OneLanguage:
@@ -141,7 +143,8 @@ class Languages(Mixture):
             {language: OneLanguage(source, language, indices[language]) for language in counts},
             tuple((count / largest) ** (1 / temperature) for count in counts.values()),
         )
-        self.identities = identities(source)  # one source, whatever the language
+        # Not the parts' sum: an example with two languages is one example.
+        self.identities = identities(source)
         self.damage = Counter(getattr(source, "damage", {}))
 
     def __getitem__(self, i: int) -> dict[str, Any]:
@@ -150,8 +153,8 @@ class Languages(Mixture):
         return example
 
     def identity(self, i: int) -> int:
-        part, inside = self._find(i)
-        return identity(self._parts[part], inside)
+        part, index = self._find(i)
+        return identity(self._parts[part], index)
 
 
 def languages_of(source: Any) -> dict[str, np.ndarray]:

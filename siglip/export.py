@@ -1,14 +1,14 @@
-"""A model as programs that run without this project: `python -m siglip.export --help`.
+"""Exports a model as programs that run without this project: `python -m siglip.export --help`.
 
-A folder holds, for each tower, the program (StableHLO, of a few hundred kilobytes) and its weights
-beside it (safetensors, float32, by the names of the released checkpoints), which are its first
-argument. As constants inside they would stop at 2 GB, the most that jax.export's flatbuffers take
-(SigLIP 2's text towers from L/16 on and the image tower of g-opt have more); and weights
-fine-tuned since run in the program as it is.
+The folder holds, for each tower, the program (StableHLO, a few hundred kilobytes) and its weights
+(safetensors, float32, by the names of the released checkpoints), which are its first argument.
+Weights as constants in the program could not exceed 2 GB, the limit of jax.export's flatbuffers
+(SigLIP 2's text towers from L/16 on and the image tower of g-opt have more). And weights that are
+fine-tuned later run in the same program.
 
-What it computes is what the Flax model does: every export is read back and compared before the
-folder appears. That runs on the CPU, and so does the tracing: on a GPU the towers would take
-cuDNN's attention, which is no StableHLO. Elsewhere an exported program uses XLA's attention.
+Every export is read back and compared with the Flax model before the folder appears. That runs on
+the CPU, and so does the tracing: on a GPU the towers would take cuDNN's attention, which is no
+StableHLO. An exported program uses XLA's attention on every platform.
 """
 
 import importlib.util
@@ -37,10 +37,10 @@ from siglip.embed import embed_batch
 from siglip.towers.vit import IMAGE_FIELDS, Patches
 
 PIXELS = ("uint8", "float32")
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # known; a program holds those that are asked for
-TOWERS = {"image": "img", "text": "txt"}  # name of the files -> of the arrays
-LIMIT = 1e-6  # of the difference from the Flax model in any number of an embedding
-BATCHES = (1, 3)  # that are compared
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # that --platforms may name
+TOWERS = {"image": "img", "text": "txt"}  # name of the files -> prefix of the arrays
+LIMIT = 1e-6  # largest difference from the Flax model in any number of an embedding
+BATCHES = (1, 3)  # sizes of the batches that are compared
 
 HELP = """\
 Exports a SigLIP model to StableHLO: a program per tower for any batch size on CPU, GPU and TPU,
@@ -71,7 +71,7 @@ arguments are the arrays of the .safetensors sorted by name, then the inputs as 
 
 
 class Options(NamedTuple):
-    """What an export holds.
+    """The options of an export.
 
     Attributes:
       dtype: of matmuls. float32 has the highest precision on every platform: no TF32 on GPUs, no
@@ -192,7 +192,7 @@ def precision(dtype: str) -> Any:
 
 
 def write_tower(weights: Weights, name: str, folder: pathlib.Path, options: Options) -> None:
-    """name.stablehlo, name.mlir and name.safetensors."""
+    """Writes NAME.stablehlo, NAME.mlir and NAME.safetensors."""
     spec, leaves = weights.spec, arrays_of(weights, name)
     arrays = {n: jax.ShapeDtypeStruct(leaf.shape, np.float32) for n, leaf in leaves.items()}
     any_size = inputs_of(spec, name, options.pixels, *jax_export.symbolic_shape("n, l"))
@@ -200,7 +200,7 @@ def write_tower(weights: Weights, name: str, folder: pathlib.Path, options: Opti
     with precision(options.dtype):
         program = exported_program(spec, name, options.dtype)
         exported = jax_export.export(program, platforms=options.platforms)(arrays, *any_size)
-        # For several platforms, or any size, main() has arguments and calls that are jax's own.
+        # Programs for several platforms or sizes have arguments that only jax.export understands.
         program = exported_program(spec, name, options.dtype)
         plain = jax_export.export(program, platforms=["cpu"])(arrays, *fixed_size)
     (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
@@ -214,7 +214,7 @@ def write_tower(weights: Weights, name: str, folder: pathlib.Path, options: Opti
 def write_contract(
     weights: Weights, names: Sequence[str], folder: pathlib.Path, options: Options
 ) -> None:
-    """siglip.json, README.txt, and scalars.json where there is a temperature."""
+    """Writes siglip.json, README.txt, and scalars.json if there is a temperature."""
     spec, leaves = weights.spec, weights.arrays
     spec = contract.with_tokenizer_beside(spec, folder / contract.FILE)
     contract.save(spec, folder / contract.FILE)
@@ -279,10 +279,10 @@ def _run(program: Callable, leaves: Mapping[str, LazyArray], batches: list) -> n
 
 
 def random_inputs(spec: Spec, name: str, pixels: str, n: int) -> list[np.ndarray]:
-    """Noise as `inputs_of` describes; for NaFlex positions_of / n patches an image."""
+    """Random inputs as `inputs_of` describes them; a NaFlex image has positions_of / n patches."""
     rng = np.random.default_rng(n)
-    most = positions_of(spec) // n
-    first, *rest = inputs_of(spec, name, pixels, n, most)
+    max_patches = positions_of(spec) // n
+    first, *rest = inputs_of(spec, name, pixels, n, max_patches)
     if name == "text":
         assert spec.txt is not None
         return [rng.integers(spec.txt["vocab_size"], size=first.shape, dtype=np.int32)]
@@ -292,9 +292,9 @@ def random_inputs(spec: Spec, name: str, pixels: str, n: int) -> list[np.ndarray
         image = rng.uniform(-1, 1, first.shape).astype(np.float32)
     if not rest:
         return [image]
-    rows = rng.integers(1, 1 + most, size=n)
-    shape = np.stack([rows, rng.integers(1, 1 + most // rows)], axis=1).astype(np.int32)
-    return [image, np.arange(most) < shape.prod(axis=1, keepdims=True), shape]
+    rows = rng.integers(1, 1 + max_patches, size=n)
+    shape = np.stack([rows, rng.integers(1, 1 + max_patches // rows)], axis=1).astype(np.int32)
+    return [image, np.arange(max_patches) < shape.prod(axis=1, keepdims=True), shape]
 
 
 # The program

@@ -37,19 +37,19 @@ INPUT_KEYS = (
 
 
 def make_source(config: Any) -> Any:
-    """What config.input.source, mixture and language_temperature say to train on.
+    """The source to train on, by config.input.source, mixture and language_temperature.
 
     Raises:
       UserError: they do not fit each other, or a source cannot be opened.
     """
     block = config.input
-    named, temperature = block.source.name == MIXTURE, block.language_temperature
-    if named != bool(block.mixture):
+    is_mixture, temperature = block.source.name == MIXTURE, block.language_temperature
+    if is_mixture != bool(block.mixture):
         raise UserError(
             "config.input.mixture and config.input.source.name='mixture' go together: the one "
             "holds the sources, the other says to use them"
         )
-    if not named:
+    if not is_mixture:
         source = chosen(SOURCES, block.source)
         _check_damage({"the source": source}, block.max_bad_fraction)
         return source if temperature is None else Languages(source, temperature)
@@ -61,7 +61,8 @@ def make_source(config: Any) -> Any:
     if temperature is not None:
         balanced = [name for name, part in parts.items() if languages_of(part)]
         if not balanced:
-            Languages(next(iter(parts.values())), temperature)  # says what is missing
+            # This raises the error that says what is missing.
+            Languages(next(iter(parts.values())), temperature)
         if others := sorted(parts.keys() - balanced):
             logging.warning("languages: %s of the mixture know none", ", ".join(others))
         parts |= {name: Languages(parts[name], temperature) for name in balanced}
@@ -69,7 +70,7 @@ def make_source(config: Any) -> Any:
 
 
 def _check_damage(sources: dict[str, Any], allowed: float) -> None:
-    """What sources have left out when they were opened counts as bad examples do."""
+    """Holds what sources left out when they were opened to the limit for bad examples."""
     for name, source in sources.items():
         damage = getattr(source, "damage", {})
         if not damage:
@@ -77,14 +78,14 @@ def _check_damage(sources: dict[str, Any], allowed: float) -> None:
         bad, total = BadExamples(), sum(damage.values())
         for (kind, shard), count in damage.items():
             bad.add(kind, shard, count)
-        told = f"{total} samples of {name} are left out, {len(source)} are not: {bad.worst()}"
+        message = f"{total} samples of {name} are left out, {len(source)} are not: {bad.worst()}"
         if total > allowed * (len(source) + total):
-            raise UserError(f"{told}; more than config.input.max_bad_fraction={allowed}")
-        logging.warning("%s", told)
+            raise UserError(f"{message}; more than config.input.max_bad_fraction={allowed}")
+        logging.warning("%s", message)
 
 
 def chosen(components: dict[str, Any], block: Any) -> Any:
-    """The component that a block names, made with the block's other keys."""
+    """The component that a block names, called with the block's other keys."""
     return components[block.name](**without(block, "name"))
 
 
@@ -95,7 +96,7 @@ def without(block: Any, *keys: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def mistakes_of(block: str):
-    """siglip knows no configs: its ValueErrors become mistakes in a block of the config."""
+    """Turns ValueErrors of siglip, which knows no configs, into UserErrors about a config block."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""From a complete config to the objects of a run."""
+"""Makes the objects of a run from its complete config."""
 
 import dataclasses
 from typing import Any
@@ -26,7 +26,7 @@ from trainers.step.train_state import init_params
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What training and evaluation share."""
+    """The objects that training and evaluation share."""
 
     config: Any
     mesh: jax.sharding.Mesh
@@ -50,7 +50,7 @@ class Setup:
 
     def abstract_params(self) -> Any:
         """Shapes of all parameters, those that objectives add included."""
-        self.abstract_towers()  # its mistakes are the model's
+        self.abstract_towers()  # first, so that a mistake in the model is not blamed on objectives
         with mistakes_of("objectives"):
             key = jax.random.key(0)
             return jax.eval_shape(
@@ -59,7 +59,11 @@ class Setup:
 
 
 def make_setup(config: Any) -> Setup:
-    """Raises UserError where values of the config do not fit each other."""
+    """Makes mesh, preprocessing, model and objectives.
+
+    Raises:
+      UserError: values of the config do not fit each other.
+    """
     with mistakes_of("mesh"):
         mesh = make_mesh(**without(config.mesh, "cpu_devices"))
     preprocess = make_input(config)
@@ -83,15 +87,20 @@ def make_setup(config: Any) -> Setup:
 
 
 def _gray(preprocess: Preprocess) -> Any:
-    """One image as the tower takes it: its shape is that of all images."""
+    """A gray image as the image tower takes it, a batch of one; all images have its shape."""
     gray = np.full((preprocess.res, preprocess.res, 3), 127, np.uint8)
-    made = preprocess.pixels({"image": gray, "id": "gray"})
-    return images_of({key: value[None] for key, value in made.items()})
+    fields = preprocess.pixels({"image": gray, "id": "gray"})
+    return images_of({key: value[None] for key, value in fields.items()})
 
 
 def _check_images(preprocess: Preprocess, img: Any) -> None:
-    """Raises UserError where config.input.image makes something else than the tower takes. From
-    here on embeddings of another width than the tower's are refused by name."""
+    """Checks that config.input.image yields what the image tower takes.
+
+    Also gives the preprocessing the tower's width, so that it refuses other embeddings by name.
+
+    Raises:
+      UserError: it yields something else.
+    """
     if isinstance(img, Precomputed) != preprocess.embeddings:
         raise UserError(
             "config.model.img.variant='precomputed' and config.input.image='embedding' go "
@@ -130,7 +139,7 @@ def _check_images(preprocess: Preprocess, img: Any) -> None:
 
 
 def make_evaluators(setup: Setup) -> dict[str, Any]:
-    """Name -> evaluator; their sources are opened, so a missing file is found before training."""
+    """Name -> evaluator. Opens their sources, so that a missing file shows before training."""
     evaluators = {}
     for name, block in setup.config.evals.items():
         if block.params == "averaged" and not setup.config.average.what:
@@ -150,7 +159,7 @@ def make_evaluators(setup: Setup) -> dict[str, Any]:
 
 
 def sharded(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Shapes with the sharding that params_sharding gives them."""
+    """The tree of shapes with the shardings of params_sharding."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         abstract,

@@ -1,9 +1,9 @@
-"""Whether this process is one of several, how it finds the others, and joining them.
+"""Decides whether this process is one of several and how it finds the others, and joins them.
 
-jax.distributed.initialize() without a question asked fails on a single host, waits for ever in
-an ssh login into a SLURM allocation, hides all GPUs but one from a process that owns a whole
-node, and listens on every network interface. So `decide` reads the environment, a pure function
-that says why, and `start` does it.
+jax.distributed.initialize() without arguments fails on a single host, waits for ever in an ssh
+login into a SLURM allocation, hides all GPUs but one from a process that owns a whole node, and
+listens on every network interface. So `decide`, a pure function of the environment, returns its
+arguments and the reason for them, and `start` calls it.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ GCE_WORKERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What to give jax.distributed.initialize, and why.
+    """The arguments for jax.distributed.initialize, and the reason for them.
 
     Attributes:
-      why: the reason, for a person.
+      why: the reason, for the log.
       join: False for one process on its own.
       auto: jax finds coordinator, number and id by itself (Cloud TPU knows them).
       coordinator, num_processes, process_id: 'host:port' of process 0, and which one this is.
@@ -84,18 +84,17 @@ def start(decision: Decision, *, heartbeat_timeout: int = 100) -> None:
         process_id=decision.process_id,
         local_device_ids=decision.local_device_ids,
         coordinator_bind_address=decision.bind,
-        # All is known. With detection, jax would give a SLURM process one device of its host.
+        # With detection jax would give a SLURM process only one device of its host.
         cluster_detection_method="deactivate",
         heartbeat_timeout_seconds=heartbeat_timeout,
     )
 
 
 def leave(decision: Decision, code: int) -> int:
-    """Ends this process for an error that the others may not have (a file that only its host
-    lacks). A process on its own gets the code back.
+    """Ends this process at once, after an error that the others may not have.
 
-    The usual end waits up to five minutes for the others, who may be waiting for this one; so they
-    notice at once.
+    Such an error is a file that only this host lacks. A regular exit would wait up to five minutes
+    for the others, which may be waiting for this process. A process on its own gets `code` back.
     """
     if not decision.join:
         return code
@@ -104,7 +103,7 @@ def leave(decision: Decision, code: int) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     if (jax.process_index() if decision.auto else decision.process_id) == 0:
-        time.sleep(5)  # with the coordinator the others die: let them tell their error first
+        time.sleep(5)  # the others die with the coordinator, so let them print their errors
     os._exit(code)
 
 
@@ -233,7 +232,7 @@ def _ask_gce() -> int:
 
 
 def _loopback(address: str, environ: Mapping[str, str]) -> str | None:
-    """Where process 0 listens: only for this machine if the address is. None: jax decides."""
+    """The loopback address that process 0 listens on; None where jax decides."""
     host, _, port = address.rpartition(":")
     if "JAX_COORDINATOR_BIND_ADDRESS" in environ:
         return None

@@ -1,5 +1,4 @@
-"""Decoding images, and training on a CPU, ask for the same large buffers again and again; let the
-process keep them."""
+"""Keeps freed memory in the process, for the large buffers that decoding and CPU training reuse."""
 
 import ctypes
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run at the next step, all processes at the same one."""
+"""Stops a run after Ctrl-C or SIGTERM at the next step, all processes at the same one."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ class Interrupted(Exception):
 
 
 class StopNow(KeyboardInterrupt):
-    """Raised within StopRequest.at_once."""
+    """The run was asked to stop within StopRequest.at_once."""
 
 
 class StopRequest:
@@ -26,11 +26,11 @@ class StopRequest:
     """
 
     def __enter__(self) -> "StopRequest":
-        self._asked = self._at_once = False
-        self._together = jax.process_count() > 1
-        caught = [signal.SIGINT] if self._together else [signal.SIGINT, signal.SIGTERM]
+        self._stop_requested = self._at_once = False
+        self._several_processes = jax.process_count() > 1
+        caught = [signal.SIGINT] if self._several_processes else [signal.SIGINT, signal.SIGTERM]
         self._previous = {s: signal.signal(s, self._handle) for s in caught}
-        # A request that came before, and got lost on its way: see main.interrupt.
+        # A signal from before, whose exception Python dropped: see main.interrupt.
         if any(getattr(handler, "asked", False) for handler in self._previous.values()):
             os.kill(os.getpid(), signal.SIGINT)
         return self
@@ -42,24 +42,24 @@ class StopRequest:
     def _handle(self, signum: int, frame) -> None:
         del frame
         for caught, handler in self._previous.items():
-            signal.signal(caught, handler)  # the next one is not ours
+            signal.signal(caught, handler)  # the second signal has its usual effect
         name = signal.Signals(signum).name
         print(f"\n{name}: saving and stopping (once more: stop at once)", file=sys.stderr)
-        if self._together:
+        if self._several_processes:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX's notifier tells the other processes
-        self._asked = True
+        self._stop_requested = True
         if self._at_once:
             raise StopNow
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within, the first Ctrl-C or SIGTERM raises StopNow: for long work that changes nothing.
+        """A context in which the first signal raises StopNow, for long work that changes nothing.
 
-        Several processes finish that work: they could not agree on where to leave it.
+        Several processes finish that work, as they could not agree on where to leave it.
         """
-        self._at_once = not self._together
+        self._at_once = not self._several_processes
         try:
-            if self._at_once and self._asked:
+            if self._at_once and self._stop_requested:
                 raise StopNow
             yield
         finally:
@@ -67,6 +67,6 @@ class StopRequest:
 
     def reached(self, step: int) -> bool:
         """Whether to stop now, after `step`; the same answer on every process. Call every step."""
-        if self._together:
+        if self._several_processes:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
+        return self._stop_requested

@@ -1,1 +1,1 @@
-"""What a run tells: metrics, progress, rates, results."""
+"""The reports of a run: metrics, progress, rates, results."""

@@ -34,8 +34,9 @@ class Clock:
         self._evals = dict(evals or {})
         self._evaluated = dict.fromkeys(self._evals, start_step)  # name -> last step
         self._eval_seconds: dict[str, float] = {}
-        self._ticked: float | None = None  # when
-        self._waited = self._away = 0.0  # since the last tick
+        self._ticked: float | None = None  # the time of the last tick
+        # Seconds since the last tick, for batches and in evaluations.
+        self._waited = self._evaluating = 0.0
         self._interval: tuple[float, int, float] | None = None  # seconds, steps, waited
         self._seconds = self._steps = 0.0  # of all intervals
 
@@ -44,15 +45,15 @@ class Clock:
         if self._ticked is not None and step == self.step:
             return  # nothing was done; the time since counts for the next interval
         if self._ticked is not None:
-            seconds = max(now - self._ticked - self._away, 1e-9)
+            seconds = max(now - self._ticked - self._evaluating, 1e-9)
             self._interval = (seconds, step - self.step, self._waited)
             self._seconds += seconds
             self._steps += step - self.step
-        self.step, self._ticked, self._waited, self._away = step, now, 0.0, 0.0
+        self.step, self._ticked, self._waited, self._evaluating = step, now, 0.0, 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the fetch of the next batch."""
+        """A context that times the fetch of the next batch."""
         start = self._now()
         try:
             yield
@@ -61,20 +62,23 @@ class Clock:
 
     @contextlib.contextmanager
     def evaluating(self, name: str, step: int) -> Iterator[None]:
-        """Around the evaluation `name` at `step`."""
+        """A context that times the evaluation `name` at `step`."""
         start = self._now()
         try:
             yield
         finally:
             seconds = self._now() - start
-            self._away += seconds
-            # The last time stands for the ones to come: the first one has compiled.
+            self._evaluating += seconds
+            # The latest duration predicts the next ones: only the first one has compiled.
             self._eval_seconds[name] = seconds
             self._evaluated[name] = step
 
     def rates(self) -> dict[str, float]:
-        """Of the last interval between two ticks: examples_per_s, examples_per_s_per_device,
-        data_wait (share of the time in [0, 1]), and eta_s. What is not known yet is left out."""
+        """Rates of the last interval between two ticks, without those that are not known yet.
+
+        The names are examples_per_s, examples_per_s_per_device, data_wait (share of the time, in
+        [0, 1]) and eta_s.
+        """
         rates = {}
         if self._interval:
             seconds, steps, waited = self._interval
@@ -87,9 +91,11 @@ class Clock:
         return rates
 
     def eta(self) -> tuple[float | None, bool]:
-        """(seconds to the end, are all parts of it measured?), remaining evaluations included:
-        training at the mean speed of this life, each evaluation as long as its last time. An
-        evaluation that has not run yet counts nothing and makes the second value False."""
+        """(seconds to the end, whether every part of them was measured).
+
+        Training goes on at the mean speed of this life, and an evaluation takes as long as it last
+        did. One that has not run yet counts nothing and makes the second value False.
+        """
         if not self._steps:
             return None, False
         to_go = {name: self._remaining(name) for name in self._evals}
@@ -98,8 +104,10 @@ class Clock:
         return seconds, all(name in self._eval_seconds for name, n in to_go.items() if n)
 
     def _remaining(self, name: str) -> int:
-        """Evaluations to come: multiples of the interval from here on, and one at the end. The one
-        of this very step is to come until it has run."""
+        """Number of evaluations to come: at multiples of the interval, and at the end.
+
+        The one that is due at this very step counts until it has run.
+        """
         every = self._evals[name] or max(self.total_steps, 1)
         done = max(self._evaluated[name], self.step - 1)
         multiples = (self.total_steps - 1) // every - min(done, self.total_steps - 1) // every

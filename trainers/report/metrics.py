@@ -1,4 +1,4 @@
-"""What a run logs: metrics.jsonl for programs, TensorBoard event files for people."""
+"""The log of a run: metrics.jsonl for programs, TensorBoard event files for people."""
 
 import json
 import math
@@ -31,24 +31,27 @@ class MetricsWriter:
         self._is_main = is_main
         self._path = pathlib.Path(workdir) / "metrics.jsonl"
         self._events: EventsWriter | None = None
-        self._purge_step: int | None = None
+        self._skip_from: int | None = None
         if is_main:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._drop_lines(lambda step: False)  # only what a kill has torn
+            self._drop_lines(lambda step: False)  # only a line that a kill cut off
             self._file = self._path.open("a", encoding="utf-8")
 
     def rewind(self, step: int) -> None:
-        """Forget what an earlier life logged after `step`, where this one goes on (-1: from
-        scratch): it will come again. The file is replaced in one move, so that a crash leaves the
-        old or the new one; event files are never touched, TensorBoard is told to skip."""
+        """Drops what an earlier life logged after `step`, where this one goes on (-1: all of it).
+
+        Those steps run again, and log again. metrics.jsonl is replaced in one move, so that a crash
+        leaves the old or the new one. Event files are never changed: a record makes TensorBoard
+        skip what they have after `step`.
+        """
         if self._is_main:
             self._file.close()
             self._drop_lines(lambda other: other > step)
             self._file = self._path.open("a", encoding="utf-8")
-            self._purge_step = step + 1
+            self._skip_from = step + 1
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Numbers, or arrays of one number."""
+        """Writes numbers, or arrays of one number."""
         if self._is_main:
             numbers = {name: float(np.asarray(value)) for name, value in scalars.items()}
             self._append(step, {name: _jsonable(number) for name, number in numbers.items()})
@@ -57,27 +60,27 @@ class MetricsWriter:
                     self._add(step, summary.scalar(name, number))
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Markdown in TensorBoard."""
+        """Writes texts, which TensorBoard shows as Markdown."""
         if self._is_main:
             self._append(step, texts)
             for name, text in texts.items():
                 self._add(step, summary.text(name, text))
 
     def write_images(self, step: int, images: Mapping[str, Images]) -> None:
-        """Batches of images, uint8 or floats in [0, 1]; TensorBoard only."""
+        """Writes batches of images, uint8 or floats in [0, 1], to TensorBoard only."""
         if self._is_main:
             for name, batch in images.items():
                 self._add(step, summary.image(name, np.asarray(batch), dataformats="NHWC"))
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """The config, for TensorBoard's table of runs; nested keys become 'a.b'."""
+        """Writes the config for TensorBoard's table of runs; nested keys become 'a.b'."""
         if self._is_main:
             experiment, start, _ = summary.hparams(_flat(hparams), {})
-            for part in (experiment, start):  # the third says that the run has ended well
+            for part in (experiment, start):  # the third would say that the run has ended
                 self._add(0, part)
 
     def flush(self) -> None:
-        """Everything is on disk, also after a power cut."""
+        """Forces all to disk, so that a power cut loses nothing."""
         if self._is_main:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -97,14 +100,14 @@ class MetricsWriter:
         self._file.flush()
 
     def _add(self, step: int, part: Any) -> None:
-        # Not tensorboardX.SummaryWriter: its events wait in a queue, which its flush() passes by.
-        if self._events is None:  # late, because its first record is the purge step
-            # The name has whole seconds; another life within one would overwrite the file.
+        # Not tensorboardX.SummaryWriter: its flush() does not wait for the events in its queue.
+        if self._events is None:  # only now, as its first record is the step of rewind()
+            # By default the name is unique to a second only; a restart within it would overwrite.
             self._events = EventsWriter(
                 str(self._path.parent / "events"), filename_suffix=f".{time.time_ns()}"
             )
-            if (purge := self._purge_step) is not None:
-                self._event(step=purge, session_log=SessionLog(status=SessionLog.START))
+            if (first := self._skip_from) is not None:
+                self._event(step=first, session_log=SessionLog(status=SessionLog.START))
         self._event(step=step, summary=part)
 
     def _event(self, **fields: Any) -> None:
@@ -112,7 +115,7 @@ class MetricsWriter:
         self._events.write_event(Event(wall_time=time.time(), **fields))
 
     def _drop_lines(self, drop: Any) -> None:
-        """Replaces the file by its whole lines whose step is not to be dropped."""
+        """Rewrites the file with its complete lines, without those whose step `drop` holds for."""
         if not self._path.exists():
             return
         with self._path.open("rb") as old, whole_file.create(self._path) as new:
@@ -123,7 +126,7 @@ class MetricsWriter:
 
 
 def _step_of(line: bytes) -> int | None:
-    """None for a line that a kill or a power cut left incomplete."""
+    """The step of a line; None where a kill or a power cut left it incomplete."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):

@@ -41,12 +41,12 @@ def progress_line(clock: Clock, *, loss: float, lr: float, memory: dict[str, flo
     rates, (eta, complete) = clock.rates(), clock.eta()
     width = len(str(clock.total_steps))
     share = clock.step / clock.total_steps if clock.total_steps else 1.0
-    speed, each = (rates.get(f"examples_per_s{part}") for part in ("", "_per_device"))
+    total, per_device = (rates.get(f"examples_per_s{part}") for part in ("", "_per_device"))
     parts = [
         f"step {clock.step:{width}}/{clock.total_steps} {share:4.0%}",
         f"loss {loss:.4f}",
         f"lr {lr:.2e}",
-        f"{_count(speed)} ex/s ({_count(each)}/device)",
+        f"{_count(total)} ex/s ({_count(per_device)}/device)",
         "data-wait " + (f"{rates['data_wait']:.0%}" if "data_wait" in rates else "-"),
         _memory_part(memory),
         f"ETA {'' if complete or eta is None else '>'}{duration(eta)}",
@@ -55,8 +55,12 @@ def progress_line(clock: Clock, *, loss: float, lr: float, memory: dict[str, flo
 
 
 def memory() -> dict[str, float]:
-    """GB (1e9 bytes) as {'device_memory_gb': peak of the fullest local device,
-    'device_memory_limit_gb': ...} where the platform tells (GPU, TPU), else of this process."""
+    """The memory in use, in GB (1e9 bytes).
+
+    Returns:
+      {'device_memory_gb': peak of the fullest local device, 'device_memory_limit_gb': ...} where
+      the platform reports it (GPU, TPU), else {'process_memory_gb': ...}.
+    """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     if peaks := [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]:
         limits = [s["bytes_limit"] for s in stats if "bytes_limit" in s]

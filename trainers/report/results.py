@@ -17,9 +17,9 @@ def table(results: Results) -> str:
     """A line per metric, its chance level beside it, and how many times chance it is."""
     rows = [("evaluator", "metric", "value", "chance", "x chance")]
     for evaluator, metrics in results.items():
-        for metric, got in metrics.items():
-            value, chance = got["value"], got["chance"]
-            # Times chance says something of shares; a loss at chance level is just a level.
+        for metric, result in metrics.items():
+            value, chance = result["value"], result["chance"]
+            # A multiple of chance means something for shares, but not for losses.
             assert value is not None
             share = chance is not None and 0 < chance < 1 and not metric.endswith("loss")
             rows.append(

@@ -1,4 +1,4 @@
-"""config.init: weights to start from, of a run of this project or of a released model."""
+"""Starts from the weights of config.init: a run of this project or a released model."""
 
 import dataclasses
 import pathlib
@@ -21,10 +21,10 @@ PARTS = ("img", "txt", "t", "b")
 def initial_params(
     setup: Setup, params: PyTree, source: str | pathlib.Path
 ) -> tuple[PyTree, list[str]]:
-    """The parameters to start from, and what people should know about them.
+    """The parameters to start from, and notes on them for the log.
 
     Args:
-      params: fresh ones, on their devices, of which config.init_only leaves some.
+      params: freshly initialised ones on their devices, kept where config.init_only says so.
       source: a path or name for checkpoints.read, from config.init.
 
     Raises:
@@ -36,67 +36,74 @@ def initial_params(
         raise UserError(f"config.init_only names {unknown[0]!r}, which is none of {PARTS}")
     try:
         weights = checkpoints.read(source)
-        left_out = list(weights.notes)
-        weights, notes = fitted(setup, _taken(weights, only), only)
-        return _merged(weights, params, config.model.scan, only), [*left_out, *notes]
+        read_notes = list(weights.notes)
+        weights, notes = fit(setup, _select(weights, only))
+        return _replace(params, weights, config.model.scan, only), [*read_notes, *notes]
     except CheckpointError as error:
         raise UserError(f"config.init: {error}") from None
 
 
-def _taken(weights: Weights, only: tuple[str, ...]) -> Weights:
+def _select(weights: Weights, only: tuple[str, ...]) -> Weights:
+    """The weights with the parts `only`."""
     leaves = {name: leaf for name, leaf in weights.arrays.items() if name.split("/")[0] in only}
-    made = weights.spec
-    for tower in ("img", "txt"):
-        if tower not in only:
-            made = dataclasses.replace(made, **{tower: None})
-    return dataclasses.replace(weights, arrays=leaves, spec=made)
+    absent = {tower: None for tower in ("img", "txt") if tower not in only}
+    trained = dataclasses.replace(weights.spec, **absent)
+    return dataclasses.replace(weights, arrays=leaves, spec=trained)
 
 
-def fitted(setup: Setup, weights: Weights, only: tuple[str, ...]) -> tuple[Weights, list[str]]:
-    """The weights with the positions of this run, after a check of what they expect."""
-    config, here = setup.config, spec_of(setup)
-    made, notes = weights.spec, list(weights.notes)
-    if made.img and here.img and here.res and made.res:
-        weights = _named(
-            lambda: adapt.to_res(weights, here.res or 0, config.init_positions), "init_positions"
+def fit(setup: Setup, weights: Weights) -> tuple[Weights, list[str]]:
+    """The weights with positions resized for this run, and where its preprocessing differs.
+
+    Raises:
+      CheckpointError: positions cannot be resized, or the run's texts do not fit the text tower.
+    """
+    config, run = setup.config, spec_of(setup)
+    trained, notes = weights.spec, list(weights.notes)
+    if trained.img and run.img and run.res and trained.res:
+        weights = _with_key(
+            lambda: adapt.to_res(weights, run.res or 0, config.init_positions), "init_positions"
         )
-    if made.img and here.img and made.image != here.image and here.image != "embedding":
-        notes.append(f"images: trained with {made.image!r}, here config.input.image={here.image!r}")
-    if made.txt and here.txt:
-        token_len = here.token_len or 0
-        weights = _named(
+    if trained.img and run.img and trained.image != run.image and run.image != "embedding":
+        notes.append(
+            f"images: trained with {trained.image!r}, here config.input.image={run.image!r}"
+        )
+    if trained.txt and run.txt:
+        token_len = run.token_len or 0
+        weights = _with_key(
             lambda: adapt.to_token_len(weights, token_len, config.init_text_positions),
             "init_text_positions",
         )
         spec.check_contract(
             weights.spec,
-            vocab_size=here.vocab_size or 0,
+            vocab_size=run.vocab_size or 0,
             token_len=token_len,
-            eos_id=here.eos_id,
-            pad_id=here.pad_id,
+            eos_id=run.eos_id,
+            pad_id=run.pad_id,
             where=weights.source,
         )
-        if made.text != here.text:
-            notes.append(f"texts: trained with {made.text!r}, here config.input.text={here.text!r}")
+        if trained.text != run.text:
+            notes.append(
+                f"texts: trained with {trained.text!r}, here config.input.text={run.text!r}"
+            )
     return weights, notes
 
 
-def _named(change: Any, key: str) -> Weights:
-    """change(), whose message names the key of the config."""
+def _with_key(change: Any, key: str) -> Weights:
+    """change(), whose errors name the key of the config."""
     try:
         return change()
     except CheckpointError as error:
         raise CheckpointError(f"{error} (config.{key})") from None
 
 
-def _merged(weights: Weights, params: PyTree, scan: bool, only: tuple[str, ...]) -> PyTree:
-    """`params` with what is in the weights, each array straight onto its devices."""
+def _replace(params: PyTree, weights: Weights, scan: bool, only: tuple[str, ...]) -> PyTree:
+    """`params` with the arrays of the weights, each put straight onto its devices."""
     leaves = stack(weights.arrays) if scan else weights.arrays
     fresh = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    wanted = {name: x.shape for name, x in fresh.items() if name.split("/")[0] in only}
-    have = {name: leaf.shape for name, leaf in leaves.items()}
-    told = f"img={weights.spec.img}, txt={weights.spec.txt}, see config.init_only"
-    compare(have, wanted, where=f"{weights.source} ({told})")
+    expected = {name: x.shape for name, x in fresh.items() if name.split("/")[0] in only}
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
+    towers = f"img={weights.spec.img}, txt={weights.spec.txt}, see config.init_only"
+    compare(shapes, expected, where=f"{weights.source} ({towers})")
     tree: dict[str, Any] = {}
     for name, x in fresh.items():
         if name in leaves:
@@ -106,17 +113,17 @@ def _merged(weights: Weights, params: PyTree, scan: bool, only: tuple[str, ...])
     return tree
 
 
-# What this run is, for whoever reads its checkpoints
+# The description of this run's model, which lies beside its checkpoints
 
 
 def spec_of(setup: Setup) -> spec.Spec:
-    """siglip.json of a run."""
+    """The content of siglip.json of a run."""
     config, preprocess = setup.config, setup.preprocess
-    img, txt = (_given(config.model[tower]) for tower in ("img", "txt"))
-    img.pop("drop_patches", None)  # in training only
+    img, txt = (_without_unset(config.model[tower]) for tower in ("img", "txt"))
+    img.pop("drop_patches", None)  # concerns training only
     txt["vocab_size"], txt["out_dim"] = setup.model.txt.vocab_size, setup.model.txt.out_dim or 0
     squares = img["variant"] != "precomputed" and not img.get("naflex_grid")
-    # What a text of nothing becomes shows both, whatever the steps are.
+    # The empty text consists of these two ids, whatever the steps are.
     empty = preprocess.text("")
     return spec.Spec(
         img=img,
@@ -127,18 +134,18 @@ def spec_of(setup: Setup) -> spec.Spec:
         vocab_size=preprocess.tokenizer.vocab_size,
         eos_id=int(empty[0]),
         pad_id=int(empty[-1]),
-        image=_program(config.input.image),
-        text=_program(config.input.text),
+        image=_as_text(config.input.image),
+        text=_as_text(config.input.text),
         tokenizer=config.input.tokenizer.to_dict(),
     )
 
 
-def _given(block: Any) -> dict[str, Any]:
-    """Without what is not set."""
+def _without_unset(block: Any) -> dict[str, Any]:
+    """The block without keys that are None or 0."""
     return {key: value for key, value in block.to_dict().items() if value not in (None, 0.0)}
 
 
-def _program(steps: str | tuple) -> str:
+def _as_text(steps: str | tuple) -> str:
     return steps if isinstance(steps, str) else " | ".join(map(str, steps))
 
 

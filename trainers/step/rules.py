@@ -12,7 +12,7 @@ ELSE = "else"  # the rule for what no other rule of its list matches
 
 
 def path_name(path: tuple) -> str:
-    """'img/Transformer/encoderblock_0/...' of a jax key path."""
+    """The name of a jax key path, such as 'img/Transformer/encoderblock_0/...'."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
@@ -34,16 +34,16 @@ def match_rules(rules: Any, names: list[str], *, key: str) -> dict[str, Any]:
     compiled = _compiled(rules, key)
     values, used = {}, set()
     for name in names:
-        hits = [r for r, (regex, _) in compiled.items() if regex and regex.fullmatch(name)]
-        if len(hits) > 1:
+        matches = [r for r, (regex, _) in compiled.items() if regex and regex.fullmatch(name)]
+        if len(matches) > 1:
             raise UserError(
-                f"{key}: parameter '{name}' matches {len(hits)} rules, "
-                f"{_listed(hits)}; it must match exactly one"
+                f"{key}: parameter '{name}' matches {len(matches)} rules, "
+                f"{_quoted(matches)}; it must match exactly one"
             )
-        rule = hits[0] if hits else ELSE
+        rule = matches[0] if matches else ELSE
         if rule not in compiled:
             raise UserError(
-                f"{key}: parameter '{name}' matches none of the rules {_listed(compiled)}; "
+                f"{key}: parameter '{name}' matches none of the rules {_quoted(compiled)}; "
                 f"add one, for instance ('{ELSE}', value) for all the others"
             )
         used.add(rule)
@@ -52,7 +52,7 @@ def match_rules(rules: Any, names: list[str], *, key: str) -> dict[str, Any]:
         if rule not in used and rule != ELSE:
             near = similar(rule, names, always=True)
             raise UserError(
-                f"{key}: rule '{rule}' matches no parameter; the nearest are {_listed(near)}"
+                f"{key}: rule '{rule}' matches no parameter; the nearest are {_quoted(near)}"
             )
     return values
 
@@ -75,5 +75,5 @@ def _compiled(rules: Any, key: str) -> dict[str, tuple[re.Pattern | None, Any]]:
     return compiled
 
 
-def _listed(names: Any) -> str:
+def _quoted(names: Any) -> str:
     return ", ".join(f"'{name}'" for name in names)

@@ -21,10 +21,10 @@ def restored():
 def test_flags_of_the_user_come_last_and_win():
     environ = {"XLA_FLAGS": "--mine=1"}
     compilation.set_flags(environ, cpu_devices=4, nvidia=False)
-    assert environ["XLA_FLAGS"] == f"{compilation.PATIENCE} --mine=1"
+    assert environ["XLA_FLAGS"] == f"{compilation.COLLECTIVE_TIMEOUT} --mine=1"
     environ = {}
     compilation.set_flags(environ, cpu_devices=0, nvidia=True)
-    assert environ["XLA_FLAGS"] == compilation.OVERLAP
+    assert environ["XLA_FLAGS"] == compilation.LATENCY_HIDING
 
 
 def test_programs_are_kept_where_only_the_user_can_write(tmp_path):
