@@ -4,10 +4,10 @@
   python -m benchmarks.input --photos FOLDER_OR_ZIP --data FOLDER --threads 2
   python -m benchmarks.input --model small --batch 32
 
-The JPEGs are of ImageNet's size, made on the spot, of photographs with --photos. With --model the
-step of benchmarks.train is fed by them instead, and by a batch in memory: what waiting costs. Peers
-are optional (requirements-peers.txt) and may live in other environments, whose interpreters
---peer_python (which may be repeated) or SIGLIP_PEER_PYTHON name.
+It writes JPEGs of ImageNet's size first: of seeded textures, or of photographs with --photos. With
+--model it compares the step of benchmarks.train fed from them with the step fed from memory, which
+shows what waiting costs. Peers are optional (requirements-peers.txt) and may live in other
+environments, whose interpreters --peer_python (which may be repeated) or SIGLIP_PEER_PYTHON name.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from base import command_line
+from base.errors import UserError
 from benchmarks.input_case import Job, System, systems
-from benchmarks.loss_case import Mistake
 from benchmarks.train import HIDDEN, built_in
 from benchmarks.train_case import MODELS
 from benchmarks.train_others import Others
@@ -69,7 +69,6 @@ def main(argv: list[str]) -> int:
     """Runs the benchmark; returns the exit code."""
     return command_line.run(
         lambda: run(make_parser().parse_args(argv), argv),
-        mistakes=(Mistake,),
         interrupted="interrupted",
     )
 
@@ -78,28 +77,28 @@ def run(flags: argparse.Namespace, argv: list[str]) -> int:
     for name, least in MINIMA.items():
         value = getattr(flags, name)
         if value is not None and value < least:
-            raise Mistake(f"--{name} {value} must be at least {least}")
+            raise UserError(f"--{name} {value} must be at least {least}")
     from benchmarks import input_formats, input_report, machine
     from input_pipeline.loader import NUM_THREADS
 
     # The worker needs the accelerator's memory; this process only asks for its name.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     flags.threads = flags.threads or NUM_THREADS
-    here = machine.describe(PACKAGES)
-    print(machine.one_line(here), flush=True)
+    host = machine.describe(PACKAGES)
+    print(machine.one_line(host), flush=True)
     with _folder(flags.data) as folder:
         say(f"{flags.count:,} JPEGs in every format")
-        made = input_formats.prepare(folder, flags.count, flags.photos or "")
-        say(f"{made['mean_bytes'] / 1000:.1f} KB on average: {made['how']}")
+        images = input_formats.prepare(folder, flags.count, flags.photos or "")
+        say(f"{images['mean_bytes'] / 1000:.1f} KB on average: {images['how']}")
         others = Others()
-        record = (_step if flags.model else _pipelines)(flags, folder, here["platform"])
+        record = (_step if flags.model else _pipelines)(flags, folder, host["platform"])
     record = {
         "command": shown(argv),
-        "machine": here,
+        "machine": host,
         "others_share_of_cpu": others.share(),
         "rounds": flags.rounds,
         "threads": flags.threads,
-        **made,
+        **images,
         **record,
     }
     record["title"] = f"{record['title']}; {flags.count:,} JPEGs, {flags.threads} threads"
@@ -110,7 +109,7 @@ def run(flags: argparse.Namespace, argv: list[str]) -> int:
     print(f"\n{input_report.on_screen(record)}", flush=True)
     if not record.get("seconds") and not any(s.get("cpu_s") for s in record["systems"]):
         return 1
-    platform = here["platform"]
+    platform = host["platform"]
     name = f"input{'_step' * bool(flags.model)}_{platform}.json"
     out = pathlib.Path(flags.out or ROOT / "benchmarks" / "results" / name)
     written = input_report.write(record, out)
@@ -119,7 +118,7 @@ def run(flags: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _pipelines(flags: argparse.Namespace, folder: pathlib.Path, platform: str) -> dict[str, Any]:
-    del platform  # all of it is the host's work
+    del platform  # the accelerator has no part in it
     batch, repeat = flags.batch or BATCH, flags.repeat or 2
     bench = Bench(folder, batch, flags.threads)
     try:
@@ -156,7 +155,7 @@ def _step(flags: argparse.Namespace, folder: pathlib.Path, platform: str) -> dic
                 f"from files, of which {wait:.3f} s waiting"
             )
     except Failed as failure:
-        raise Mistake(f"{case}: {failure}") from None
+        raise UserError(f"{case}: {failure}") from None
     finally:
         worker.close()
     return {
@@ -180,7 +179,7 @@ def _folder(data: str | None) -> Iterator[pathlib.Path]:
 
 
 def _interpreters(flags: argparse.Namespace, system: System) -> list[str]:
-    """Those in which the system may be, in the order in which they are tried."""
+    """The interpreters that may have the system, in the order in which they are tried."""
     if not system.foreign:
         return [sys.executable]
     named = os.environ.get("SIGLIP_PEER_PYTHON", "").split(os.pathsep)
@@ -188,16 +187,16 @@ def _interpreters(flags: argparse.Namespace, system: System) -> list[str]:
 
 
 def shown(argv: list[str]) -> str:
-    """The command as results quote it: without what only this machine has."""
+    """The command as results quote it, without paths that only this machine has."""
     words, argv = ["python", "-m", "benchmarks.input"], list(argv)
     while argv:
         flag, equals, _ = (word := argv.pop(0)).partition("=")
-        own = flag in (*HIDDEN, "--data", "--photos")
-        if own and not equals and argv:
+        local = flag in (*HIDDEN, "--data", "--photos")
+        if local and not equals and argv:
             argv.pop(0)
         if flag == "--photos":
             words += [flag, "FOLDER_OR_ZIP"]
-        elif not own:
+        elif not local:
             words.append(word)
     return shlex.join(words)
 
@@ -207,7 +206,7 @@ def say(text: str) -> None:
 
 
 class Bench:
-    """A worker for each system, and what they said."""
+    """A worker for each system, and their answers."""
 
     def __init__(self, folder: pathlib.Path, batch: int, threads: int):
         self.folder, self.batch, self.threads = folder, batch, threads
@@ -215,7 +214,7 @@ class Bench:
         self.workers: dict[str, Any] = {}
 
     def prepare(self, system: System, pythons: list[str], import_first: str) -> None:
-        """In the first interpreter that has it."""
+        """Starts the system in the first interpreter that has it."""
         from benchmarks.loss_worker import Failed, Worker
 
         job: Any = Job(system.options, str(self.folder), self.batch, self.threads, import_first)

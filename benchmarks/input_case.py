@@ -1,4 +1,4 @@
-"""What the benchmark of input compares: the systems, and what a worker is told.
+"""The systems that the benchmark of input compares, and the job of a worker.
 
 The standard library alone, because workers of other environments read it too.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 RES = 224
 TOKEN_LEN = 64
-CHUNK = 32  # images that a thread of a peer makes at a time, as in input_pipeline.loader
+CHUNK = 32  # images that a thread of a peer prepares at a time, as in input_pipeline.loader
 FAST = "decode | resize"
 
 FORMATS, PRESETS, BARE, PEERS = "Formats", "Presets, from memory", "One thread, no loader", "Peers"
@@ -35,11 +35,11 @@ class System:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """It travels to the worker as JSON.
+    """The job of a worker, which gets it as JSON.
 
     Attributes:
       options: of the System.
-      folder: what input_formats.prepare made.
+      folder: of the data that input_formats.prepare wrote.
       batch: images of a batch.
       threads: of the loader, or of a peer.
       import_first: a module that open_clip's interpreter imports before the others.
@@ -88,20 +88,20 @@ EXPLAINED = {
 
 
 def systems(peers: bool) -> list[System]:
-    """All of them, in the order of the tables."""
+    """All systems, in the order of the tables; with `peers` the other projects'."""
     ours, theirs = "benchmarks.input_worker", "benchmarks.input_peers"
-    found = [System(name, FORMATS, ours, {"source": name, "image": FAST}) for name in SOURCES]
-    found += [System(image, PRESETS, ours, {"source": "", "image": image}) for image in IMAGES]
-    found += [
+    listed = [System(name, FORMATS, ours, {"source": name, "image": FAST}) for name in SOURCES]
+    listed += [System(image, PRESETS, ours, {"source": "", "image": image}) for image in IMAGES]
+    listed += [
         System(DECODE, BARE, ours, {"resize": False}),
         System("simplejpeg + cv2", BARE, ours, {"resize": True}),
         System(PIL, PEERS, theirs, {"peer": "pil"}),
     ]
     if peers:
-        found += [
+        listed += [
             System("open_clip, uint8", PEERS, theirs, {"peer": "open_clip_uint8"}, True),
             System("open_clip", PEERS, theirs, {"peer": "open_clip"}, True),
             System("webdataset + PIL", PEERS, theirs, {"peer": "webdataset"}, True),
             System("tf.data", PEERS, theirs, {"peer": "tf_data"}, True),
         ]
-    return found
+    return listed

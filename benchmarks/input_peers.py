@@ -1,10 +1,10 @@
 """The worker that measures other projects' input: started by `benchmarks.input`, in the peer's
 Python except for the PIL path.
 
-All of them make batches of pixels of 224 x 224 by threads, and are spared the text: what they read
-is the image alone, from memory except for webdataset and tf.data. Of this project it imports what
-needs the standard library alone. `loss_worker` has the protocol; what it measures are seconds of
-an image: [of CPU, on the clock].
+All of them decode to 224 x 224 pixels by threads and do without texts. They read images from
+memory, except for webdataset and tf.data. Of this project it imports only modules that need the
+standard library alone. `loss_worker` has the protocol; the measurement is [CPU seconds, seconds] of
+an image.
 """
 
 # pyright: reportMissingImports=false
@@ -34,7 +34,7 @@ def seconds_per_image(images: int, work: Callable[[], Any]) -> list[float]:
 
 
 class Threads:
-    """Images in chunks over threads; `transform` makes one, `stack` a chunk of them."""
+    """Prepares images by threads, in chunks: `transform` prepares one, `stack` joins a chunk."""
 
     def __init__(self, job: Job, transform: Callable[[bytes], Any], stack: Callable):
         self._transform, self._stack, self._batch = transform, stack, job.batch
@@ -51,8 +51,8 @@ class Threads:
             raise Failed(f"it makes images of {shapes}")
 
     def _chunk(self, images: list[bytes]) -> tuple[int, ...]:
-        made = self._stack([self._transform(image) for image in images])
-        return tuple(made.shape[1:])  # of an image; the copy that a batch takes is spared
+        chunk = self._stack([self._transform(image) for image in images])
+        return tuple(chunk.shape[1:])  # of an image; the copy that a batch takes is spared
 
 
 def _chunks(images: Iterable[bytes]) -> Iterator[list[bytes]]:
@@ -62,7 +62,7 @@ def _chunks(images: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 
 def pil(job: Job) -> Threads:
-    """What image_transform of open_clip's SigLIP models does, up to the array."""
+    """The steps of image_transform of open_clip's SigLIP models, up to the array."""
     import numpy as np
     from PIL import Image
 
@@ -70,18 +70,18 @@ def pil(job: Job) -> Threads:
         image = Image.open(io.BytesIO(data)).convert("RGB")
         return np.asarray(image.resize((RES, RES), Image.Resampling.BICUBIC))
 
-    made = Threads(job, transform, np.stack)
-    made.images = itertools.cycle(_read(job))
-    return made
+    peer = Threads(job, transform, np.stack)
+    peer.images = itertools.cycle(_read(job))
+    return peer
 
 
 def open_clip(job: Job) -> Threads:
-    """Its transform as it is: normalised float32."""
+    """open_clip's transform as it is: normalised float32."""
     return _open_clip(job, to_uint8=False)
 
 
 def open_clip_uint8(job: Job) -> Threads:
-    """Without its last two steps, ToTensor and Normalize."""
+    """open_clip's transform without its last two steps, ToTensor and Normalize."""
     return _open_clip(job, to_uint8=True)
 
 
@@ -108,23 +108,23 @@ def _open_clip(job: Job, to_uint8: bool) -> Threads:
             image = step(image)
         return np.asarray(image)
 
-    made = Threads(job, transform, np.stack if to_uint8 else torch.stack)
-    made.images = itertools.cycle(_read(job))
-    return made
+    peer = Threads(job, transform, np.stack if to_uint8 else torch.stack)
+    peer.images = itertools.cycle(_read(job))
+    return peer
 
 
 def webdataset(job: Job) -> Threads:
     import webdataset as wds
 
-    made = pil(job)
+    peer = pil(job)
     shards = sorted(str(path) for path in pathlib.Path(job.folder, "webdataset").glob("*.tar"))
     samples = wds.WebDataset(shards, shardshuffle=False).repeat()
-    made.images = (sample["jpg"] for sample in samples)
-    return made
+    peer.images = (sample["jpg"] for sample in samples)
+    return peer
 
 
 class TfData:
-    """TFRecord files, decoded and resized by TensorFlow's own threads."""
+    """Reads TFRecord files, decoded and resized by TensorFlow's own threads."""
 
     def __init__(self, job: Job):
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -193,9 +193,9 @@ def make(job: Job) -> Threads | TfData:
 
 
 def versions() -> dict[str, str]:
-    """Of what has been imported. Of the modules: packages of the same have several names."""
-    found = {name: sys.modules[name] for name in MODULES if name in sys.modules}
-    return {name: getattr(module, "__version__", "unknown") for name, module in found.items()}
+    """Versions of the imported modules; their packages may have several names."""
+    imported = {name: sys.modules[name] for name in MODULES if name in sys.modules}
+    return {name: getattr(module, "__version__", "unknown") for name, module in imported.items()}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""JPEGs of ImageNet's size, made on the spot, the same on every machine.
+"""Draws JPEGs of ImageNet's size, the same on every machine.
 
 ImageNet's training images are 500 x 375 on average, of 110 KB. Pictures of that size, from
 photographs or from seeded textures, get film grain as strong as it takes to reach 110 KB at
@@ -16,15 +16,14 @@ import numpy as np
 from PIL import Image
 
 from base.errors import UserError
-from benchmarks.loss_case import Mistake
 from input_pipeline.errors import BadExample
 from input_pipeline.sources.zip_file import Zip
 from input_pipeline.transforms.decode import decode
 
 WIDTH, HEIGHT, QUALITY, MEAN_BYTES = 500, 375, 95, 110_000
 GRAIN_PX = 0.6  # a grain is wider than a pixel, so that not all of it is lost in quantisation
-MOST_GRAIN = 60.0  # levels; more leaves nothing of the picture
-TUNED_ON = 16
+MAX_GRAIN = 60.0  # levels; more leaves nothing of the picture
+TUNED_ON = 16  # images
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 Picture = Callable[[int], np.ndarray]  # i -> uint8 [HEIGHT, WIDTH, 3]
@@ -42,41 +41,44 @@ class Photos:
             try:
                 self._zip = Zip(place)
             except UserError as error:
-                raise Mistake(f"--photos: {error}") from None
+                raise UserError(f"--photos: {error}") from None
             names = [name for name in self._zip.names() if name.lower().endswith(SUFFIXES)]
         else:
-            raise Mistake(f"--photos {path} is neither a folder nor a zip file")
+            raise UserError(f"--photos {path} is neither a folder nor a zip file")
         if not names:
-            raise Mistake(f"--photos {path} has no {', '.join(SUFFIXES)}")
+            raise UserError(f"--photos {path} has no {', '.join(SUFFIXES)}")
         names.sort()
         self._names = [names[i * len(names) // count] for i in range(min(count, len(names)))]
         shown = "\n".join(name.removeprefix(str(place)) for name in self._names)
         self.key = hashlib.sha256(shown.encode()).hexdigest()[:16]
-        self.told = f"{len(self._names):,} photographs, the middle 4:3 of each"
+        self.description = f"{len(self._names):,} photographs, the middle 4:3 of each"
 
     def __call__(self, i: int) -> np.ndarray:
-        """Where there are too few, they return mirrored, and with another grain."""
+        """Photograph i; where there are too few, they come again mirrored."""
         name = self._names[i % len(self._names)]
         try:
             image = decode(self._zip.read(name) if self._zip else pathlib.Path(name).read_bytes())
         except (BadExample, OSError, zipfile.BadZipFile) as error:
-            raise Mistake(f"--photos: {name} cannot be read: {error}") from None
+            raise UserError(f"--photos: {name} cannot be read: {error}") from None
         height, width = image.shape[:2]
         h, w = min(height, width * HEIGHT // WIDTH), min(width, height * WIDTH // HEIGHT)
         if not h or not w:
-            raise Mistake(f"--photos: {name} is {width} x {height}, too thin")
+            raise UserError(f"--photos: {name} is {width} x {height}, too thin")
         top, left = (height - h) // 2, (width - w) // 2
-        how = cv2.INTER_AREA if w > WIDTH else cv2.INTER_CUBIC
-        made = cv2.resize(image[top : top + h, left : left + w], (WIDTH, HEIGHT), interpolation=how)
-        return made[:, ::-1] if i // len(self._names) % 2 else made
+        method = cv2.INTER_AREA if w > WIDTH else cv2.INTER_CUBIC
+        cut = image[top : top + h, left : left + w]
+        photo = cv2.resize(cut, (WIDTH, HEIGHT), interpolation=method)
+        return photo[:, ::-1] if i // len(self._names) % 2 else photo
 
 
 class Textures:
-    """Sums of smooth random fields, each half as strong and twice as fine as the one before: as
-    in photographs, amplitude falls with frequency."""
+    """Sums of smooth random fields, each half as strong and twice as fine as the one before.
+
+    So amplitude falls with frequency, as in photographs.
+    """
 
     key = "textures"
-    told = "seeded textures"
+    description = "seeded textures"
 
     def __call__(self, i: int) -> np.ndarray:
         rng = np.random.default_rng((1, i))
@@ -95,7 +97,10 @@ def make(picture: Picture, count: int) -> tuple[float, Iterator[bytes]]:
 
 
 def jpeg(image: np.ndarray, grain: float, seed: int) -> bytes:
-    """With Gaussian grain in the luminance; quality 95, chroma at half its resolution."""
+    """The image as a JPEG with Gaussian grain in the luminance.
+
+    The quality is 95, and the chroma has half the resolution.
+    """
     noise = np.random.default_rng((2, seed)).standard_normal(image.shape[:2], np.float32)
     noise = cv2.GaussianBlur(noise, (0, 0), GRAIN_PX)
     noise *= grain / noise.std()
@@ -107,7 +112,7 @@ def jpeg(image: np.ndarray, grain: float, seed: int) -> bytes:
 
 def _tuned(images: list[np.ndarray]) -> float:
     """The grain that gives MEAN_BYTES on average, to a tenth of a level."""
-    low, high = 0.0, MOST_GRAIN
+    low, high = 0.0, MAX_GRAIN
     while high - low > 0.1:
         middle = (low + high) / 2
         size = sum(len(jpeg(image, middle, i)) for i, image in enumerate(images)) / len(images)

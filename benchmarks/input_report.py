@@ -1,4 +1,4 @@
-"""What the benchmark of input found: statistics, goals, tables for terminal and Markdown, JSON."""
+"""Results of the benchmark of input: statistics, goals, tables for terminal and Markdown, JSON."""
 
 import json
 import pathlib
@@ -60,21 +60,21 @@ def with_statistics(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def goals(systems: list[dict[str, Any]]) -> list[str]:
-    """A line each: met or not, with numbers."""
-    found = {s["name"]: s for s in systems if _has(s)}
-    if OURS not in found:
+    """A line for each goal: whether it is met, with the numbers."""
+    measured = {s["name"]: s for s in systems if _has(s)}
+    if OURS not in measured:
         return ["goals not measured: ours is left out"]
-    ours, lines = found[OURS], []
-    if DECODE in found:
-        bare = found[DECODE]["per_core"]
+    ours, lines = measured[OURS], []
+    if DECODE in measured:
+        bare = measured[DECODE]["per_core"]
         least = min(RATE, SHARE_OF_BARE * bare)
         lines.append(
             f"{_met(ours['per_core'] >= least)}: `{OURS}` {_digits(ours['per_core'])} images/s per "
             f"core; at least min({RATE}, {SHARE_OF_BARE} x {_digits(bare)} of the bare decoder) "
             f"= {_digits(least)}"
         )
-    if PIL in found:
-        ratio = statistics.median(p / o for p, o in zip(found[PIL]["cpu_s"], ours["cpu_s"]))
+    if PIL in measured:
+        ratio = statistics.median(p / o for p, o in zip(measured[PIL]["cpu_s"], ours["cpu_s"]))
         lines.append(
             f"{_met(ratio >= TIMES_PIL)}: {ratio:.2f} x the {PIL} path per core; at least "
             f"{TIMES_PIL} x"
@@ -88,11 +88,11 @@ def with_step_statistics(record: dict[str, Any]) -> dict[str, Any]:
     ratio = quartiles([f / m for f, m in zip(files, memory)])
     share = quartiles([w / f for w, f in zip(wait, files)])
     slower = statistics.median(memory) > record["loader_s"]
-    told = f"{ratio[1]:.3f} x the step from memory"
+    times = f"{ratio[1]:.3f} x the step from memory"
     if slower:
-        goal = f"{_met(ratio[1] <= STEP)}: {told}; at most {STEP} x"
+        goal = f"{_met(ratio[1] <= STEP)}: {times}; at most {STEP} x"
     else:
-        goal = f"does not apply, as the loader is slower than the model: {told}"
+        goal = f"does not apply, as the loader is slower than the model: {times}"
     return {**record, "ratio": ratio, "wait_share": share, "goals": [goal]}
 
 
@@ -113,7 +113,7 @@ def tables(record: dict[str, Any]) -> list[list[list[str]]]:
     """One for each group of systems, or that of the step."""
     if "seconds" in record:
         return [step_table(record)]
-    found = []
+    groups = []
     for group in GROUPS:
         rows = [
             [
@@ -127,8 +127,8 @@ def tables(record: dict[str, Any]) -> list[list[list[str]]]:
             if s["group"] == group and _has(s)
         ]
         if rows:
-            found.append([[group, *COLUMNS], *rows])
-    return found
+            groups.append([[group, *COLUMNS], *rows])
+    return groups
 
 
 def disturbed(record: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from benchmarks.input_case import FAST
-from benchmarks.input_worker import Clock, Counted, open_source
+from benchmarks.input_worker import Clock, CountingPreprocess, open_source
 from benchmarks.loss_worker import Failed, serve
 from benchmarks.train_case import Case
 from benchmarks.train_ours import Ours
@@ -24,20 +24,22 @@ from siglip.sharding import to_device
 from trainers.loop import IN_FLIGHT
 
 SOURCE = "webdataset"
-UNTIMED = 2  # steps: the first batch comes, then threads work ahead as they do later
+UNTIMED = 2  # steps until the threads of the loader work ahead as they do later
 WARM_UP = 3  # steps of compilation
 
 
 @dataclasses.dataclass(frozen=True)
 class StepJob:
-    """What to train, as train_case.Case; the folder of the data; threads of the loader."""
+    """The job of this worker: a train_case.Case as a dict, the data, and the loader's threads."""
 
     case: dict[str, Any]
     folder: str
     threads: int
 
 
-class Fed:
+class StepBenchmark:
+    """The training step of a case, on a batch in memory and on batches from files."""
+
     def __init__(self, job: StepJob):
         self.case, self._threads = Case(**job.case), job.threads
         self._ours, self._round, self._step = Ours(self.case), 0, 0
@@ -59,21 +61,21 @@ class Fed:
     def measure(self, steps: int) -> list[float]:
         """Seconds of a step from memory, of a step from files, and of its wait for the batch."""
         self._round += 1
-        in_memory: float = 0
+        from_memory: float = 0
         for from_files in (self._round % 2 == 0, self._round % 2 == 1):
             if not from_files:
-                in_memory, _ = self._train(self._in_memory(), steps)
+                from_memory, _ = self._train(self._in_memory(), steps)
                 continue
-            with self._stream(Counted(self._preprocess)) as stream:
-                real, waited = self._train(stream, steps)
+            with self._stream(CountingPreprocess(self._preprocess)) as stream:
+                from_disk, waited = self._train(stream, steps)
             self._step += UNTIMED + steps
-        return [in_memory, real, waited]
+        return [from_memory, from_disk, waited]
 
     def _in_memory(self):
         while True:
             yield self._ours.host
 
-    def _stream(self, counted: Counted):
+    def _stream(self, counted: CountingPreprocess):
         return train_batches(
             self._source,
             counted,
@@ -84,7 +86,7 @@ class Fed:
         )
 
     def _train(self, batches, steps: int) -> tuple[float, float]:
-        """Seconds of a step and of its wait, as trainers.loop makes steps: some are in flight."""
+        """Seconds of a step and of its wait; some steps are in flight, as in trainers.loop."""
         import jax
 
         ours, waited, begin = self._ours, 0.0, 0.0
@@ -93,9 +95,9 @@ class Fed:
             if i == UNTIMED:
                 jax.block_until_ready(ours.state)
                 waited, begin = 0.0, time.monotonic()
-            asked = time.monotonic()
+            requested = time.monotonic()
             batch = next(batches)
-            waited += time.monotonic() - asked
+            waited += time.monotonic() - requested
             if not batch["mask"].all():
                 raise Failed("an image cannot be read")
             batch = to_device({key: batch[key] for key in ours.host}, ours.mesh)
@@ -108,21 +110,21 @@ class Fed:
 
     def _loader_alone(self) -> float:
         """Seconds of a batch when nothing else runs."""
-        counted, images = Counted(self._preprocess), max(256, self.case.batch)
+        counted, images = CountingPreprocess(self._preprocess), max(256, self.case.batch)
         with self._stream(counted) as stream:
             next(stream)
-            clock, before = Clock(), counted.made
-            while counted.made < before + images:
+            clock, before = Clock(), counted.rows
+            while counted.rows < before + images:
                 next(stream)
-            _, wall = clock.per(counted.made - before)
+            _, wall = clock.per(counted.rows - before)
         return wall * self.case.batch
 
 
 if __name__ == "__main__":
-    fed: list[Fed] = []
+    step_benchmarks: list[StepBenchmark] = []
 
     def prepare() -> dict[str, Any]:
-        fed.append(Fed(StepJob(**json.loads(sys.argv[1]))))
-        return fed[0].prepare()
+        step_benchmarks.append(StepBenchmark(StepJob(**json.loads(sys.argv[1]))))
+        return step_benchmarks[0].prepare()
 
-    serve(prepare, lambda steps: fed[0].measure(steps))
+    serve(prepare, lambda steps: step_benchmarks[0].measure(steps))

@@ -1,6 +1,6 @@
 """The worker that measures this project's input, and the bare decoder: started by
-`benchmarks.input`. `loss_worker` has the protocol; what it measures are seconds of an image:
-[of CPU, on the clock].
+`benchmarks.input`. `loss_worker` has the protocol; the measurement is [CPU seconds, seconds] of an
+image.
 """
 
 import glob
@@ -26,32 +26,32 @@ from trainers.machine.host_memory import keep_freed_memory
 
 
 class Clock:
-    """CPU seconds of this process, all its threads included, and seconds."""
+    """Measures CPU seconds of this process, all its threads included, and seconds."""
 
     def __init__(self):
         self._cpu, self._wall = time.process_time(), time.monotonic()
 
     def per(self, images: int) -> list[float]:
-        """Of each image since the start."""
+        """[CPU seconds, seconds] of each of the images since the start."""
         cpu, wall = time.process_time(), time.monotonic()
         return [(cpu - self._cpu) / images, (wall - self._wall) / images]
 
 
-class Counted:
-    """A Preprocess that counts the rows it makes.
+class CountingPreprocess:
+    """A Preprocess that counts its rows.
 
     Threads work ahead of the batches that are asked for, so the images of a stretch of time are
-    those that were made in it, not those that were handed over.
+    those that were prepared in it, not those that were handed over.
     """
 
     def __init__(self, preprocess: Any):
-        self.tokenizer, self.made = preprocess.tokenizer, 0
+        self.tokenizer, self.rows = preprocess.tokenizer, 0
         self._preprocess, self._lock = preprocess, threading.Lock()
 
     def example(self, example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         row = self._preprocess.example(example, rng)
         with self._lock:
-            self.made += 1
+            self.rows += 1
         return row
 
 
@@ -66,7 +66,7 @@ class Loader:
             Bytes(), res=RES, token_len=TOKEN_LEN, image=job.options["image"]
         )
 
-    def stream(self, counted: Counted) -> Batches:
+    def stream(self, counted: CountingPreprocess) -> Batches:
         return train_batches(
             self._source,
             counted,
@@ -77,16 +77,16 @@ class Loader:
         )
 
     def measure(self, batches: int) -> list[float]:
-        """Of as many batches as threads make after the first one has come."""
-        counted = Counted(self._preprocess)
+        """Seconds of an image, over the rows that threads prepare after the first batch."""
+        counted = CountingPreprocess(self._preprocess)
         with self.stream(counted) as stream:
             self._next(stream)
-            clock, before = Clock(), counted.made
-            while counted.made < before + batches * self._batch:
+            clock, before = Clock(), counted.rows
+            while counted.rows < before + batches * self._batch:
                 self._next(stream)
-            taken = clock.per(counted.made - before)
+            seconds = clock.per(counted.rows - before)
         _settle(counted)  # the next system has the cores to itself
-        return taken
+        return seconds
 
     def _next(self, stream: Batches) -> None:
         batch = next(stream)
@@ -96,7 +96,7 @@ class Loader:
 
 
 class Bare:
-    """One thread in a loop, from memory."""
+    """The bare decoder: one thread in a loop, from memory."""
 
     def __init__(self, job: Job):
         keep_freed_memory()
@@ -126,7 +126,7 @@ def open_source(folder: pathlib.Path, name: str) -> Any:
 
 
 def _path(folder: pathlib.Path, name: str) -> str:
-    # The folder is the user's, and no pattern.
+    # The user's folder is a name, not a pattern.
     return f"{glob.escape(str(folder))}/{name}" if "*" in name else str(folder / name)
 
 
@@ -140,11 +140,11 @@ def _rows(folder: pathlib.Path) -> list[dict[str, str]]:
     ]
 
 
-def _settle(counted: Counted) -> None:
-    """Until threads have ended what they were at."""
+def _settle(counted: CountingPreprocess) -> None:
+    """Waits until the threads have finished their work ahead."""
     before = -1
-    while counted.made != before:
-        before = counted.made
+    while counted.rows != before:
+        before = counted.rows
         time.sleep(0.1)
 
 

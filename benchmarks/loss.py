@@ -20,7 +20,8 @@ import time
 from typing import Any
 
 from base import command_line
-from benchmarks.loss_case import Case, Mistake, parse, write_inputs, write_reference
+from base.errors import UserError
+from benchmarks.loss_case import Case, parse, write_inputs, write_reference
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 REFERENCE_LIMIT_S = 120.0
@@ -50,14 +51,13 @@ def main(argv: list[str]) -> int:
     """Runs the benchmark; returns the exit code."""
     return command_line.run(
         lambda: run(make_parser().parse_args(argv), argv),
-        mistakes=(Mistake,),
         interrupted="interrupted; finished cases are written",
     )
 
 
 def run(flags: argparse.Namespace, argv: list[str]) -> int:
     if flags.repeat < 1 or flags.rounds < 1:
-        raise Mistake("--repeat and --rounds are at least 1")
+        raise UserError("--repeat and --rounds are at least 1")
     # The workers need the accelerator's memory; this process only asks for its name.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from benchmarks import loss_systems
@@ -71,13 +71,13 @@ def run(flags: argparse.Namespace, argv: list[str]) -> int:
 
     from benchmarks import loss_report, machine
 
-    here = machine.describe()
-    platform = here["platform"]
+    host = machine.describe()
+    platform = host["platform"]
     cases, chosen = plan(flags, platform)
     peers = loss_systems.probe_peers(peer_python)
-    result = {"command": command, "machine": here, "peers": peers, "cases": []}
+    result = {"command": command, "machine": host, "peers": peers, "cases": []}
     out = pathlib.Path(flags.out or ROOT / "benchmarks" / "results" / f"loss_{platform}.json")
-    print(f"{machine.one_line(here)}\n{loss_systems.names(chosen)}", flush=True)
+    print(f"{machine.one_line(host)}\n{loss_systems.names(chosen)}", flush=True)
     for number, case in enumerate(cases, 1):
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="loss_benchmark_"))
@@ -101,7 +101,7 @@ def run(flags: argparse.Namespace, argv: list[str]) -> int:
 
 
 def shown(argv: list[str]) -> str:
-    """The command as results quote it: without paths that only this machine has."""
+    """The command as results quote it, without paths that only this machine has."""
     words = ["python", "-m", "benchmarks.loss"]
     for word in argv:
         flag, _, value = word.partition("=")
@@ -118,9 +118,9 @@ def plan(flags: argparse.Namespace, platform: str) -> tuple[list[Case], list[Any
 
     if flags.million:
         if platform == "cpu":
-            raise Mistake("--million needs an accelerator: on a CPU it takes hours")
+            raise UserError("--million needs an accelerator: on a CPU it takes hours")
         if flags.cases:
-            raise Mistake("--million is a case of its own; leave --cases away")
+            raise UserError("--million is a case of its own; leave --cases away")
     texts = MILLION if flags.million else flags.cases or DEFAULT_CASES.get(platform, MILLION)
     names = flags.systems or (loss_systems.BASE if flags.million else "")
     dtype = flags.dtype or ("float32" if platform == "cpu" else "bfloat16")
@@ -130,12 +130,12 @@ def plan(flags: argparse.Namespace, platform: str) -> tuple[list[Case], list[Any
 
         for case in cases:
             if case.devices > jax.device_count():
-                raise Mistake(f"{case}: {jax.device_count()} devices are here")
+                raise UserError(f"{case}: {jax.device_count()} devices are here")
     return cases, loss_systems.choose(names, platform)
 
 
 class Bench:
-    """One case: its inputs, a worker for each system, what they said."""
+    """One case: its inputs, a worker for each system, and their answers."""
 
     def __init__(self, case: Case, platform: str, folder: pathlib.Path, label: str):
         self.case, self.platform, self.folder, self.label = case, platform, folder, label
@@ -216,7 +216,7 @@ class Bench:
         print(f"[{self.label}] {text}", flush=True)
 
     def _ask(self, record: dict[str, Any], question):
-        """What the worker answers; None if it failed, and then it is out."""
+        """The worker's answer; None if it failed, and then the system is left out from here on."""
         from benchmarks.loss_worker import Failed
 
         try:

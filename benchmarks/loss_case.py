@@ -1,6 +1,6 @@
-"""One case of the loss benchmark: its inputs, and the gradients they have in float64.
+"""One case of the loss benchmark: its inputs, and their gradients in float64.
 
-NumPy alone, because workers of other environments read it too.
+It needs NumPy and base.errors alone, because workers of other environments import it too.
 """
 
 import concurrent.futures
@@ -12,6 +12,8 @@ import time
 
 import numpy as np
 
+from base.errors import UserError
+
 # Where training ends: the published B/16 has t = 117 and b = -12.9, and its pairs a cosine of 0.13.
 T, B, POSITIVE_COSINE = 117.0, -12.9, 0.13
 
@@ -19,10 +21,6 @@ LARGEST_REFERENCE = 2**17  # pairs; more take hours and all memory in float64
 BLOCK_ROWS = 256
 
 GRADIENTS = ("zimg", "ztxt", "t", "b")
-
-
-class Mistake(Exception):
-    """Of whoever typed the command: one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +43,10 @@ class Case:
 
 def parse(text: str, dtype: str) -> Case:
     """'4x1024x512': devices, pairs on each, width."""
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
-    sizes = [int(size) for size in found.groups()] if found else [0]
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
+    sizes = [int(size) for size in match.groups()] if match else [0]
     if min(sizes) < 1:
-        raise Mistake(f"--cases: {text!r} is not DEVICESxPAIRSxWIDTH, such as 4x1024x512")
+        raise UserError(f"--cases: {text!r} is not DEVICESxPAIRSxWIDTH, such as 4x1024x512")
     return Case(*sizes, dtype=dtype)
 
 
@@ -94,7 +92,7 @@ def write_reference(case: Case, folder: pathlib.Path, limit_s: float) -> str:
     They become `reference_<name>.npy` in `folder`. The definition is siglip.losses.sigmoid_loss.
 
     Returns:
-      Why there is none: it would take longer than `limit_s`, judged by the first blocks. Else "".
+      The reason if there is none, such as more than `limit_s` seconds by the first blocks; else "".
     """
     if case.pairs > LARGEST_REFERENCE:
         return f"a float64 reference of {case.pairs:,} x {case.pairs:,} logits is out of reach"

@@ -1,4 +1,4 @@
-"""Memory of the loss on each device against the number of devices: numbers and picture.
+"""Draws the memory of the loss on each device against the number of devices.
 
 For JAX the programs are compiled and nothing runs. open_clip's loss runs once, since PyTorch knows
 its memory only then.
@@ -102,7 +102,7 @@ def peer_line(system: Any, peer_python: str) -> dict[int, int]:
 
 
 def title(lines: Lines) -> str:
-    """The finding, if the numbers show it from 4 devices on, where the ring has all its buffers."""
+    """The result as a title, if it holds from 4 devices on, where the ring has all its buffers."""
     ours, *others = lines.values()
     start, most = 4, max(ours)
 
@@ -189,5 +189,5 @@ def _mib(size: float) -> str:
 
 
 def _say(name: str, line: dict[int, int]) -> None:
-    told = ", ".join(f"{count}: {_mib(size)}" for count, size in line.items())
-    print(f"{name}, MiB on each of so many devices: {told}", flush=True)
+    sizes = ", ".join(f"{count}: {_mib(size)}" for count, size in line.items())
+    print(f"{name}, MiB on each of so many devices: {sizes}", flush=True)

@@ -21,11 +21,11 @@ ARGUMENTS = (0, 1, 2, 3)  # zimg, ztxt, t, b: all of them are differentiated
 
 
 def make_mesh(devices: int) -> Mesh:
-    """Over the first so many devices."""
-    here = jax.devices()[:devices]
-    if len(here) < devices:
-        raise ValueError(f"{devices} devices are needed, {len(here)} are here")
-    return jax.make_mesh((devices,), ("data",), devices=here, axis_types=(AxisType.Auto,))
+    """A mesh over the first `devices` devices."""
+    available = jax.devices()[:devices]
+    if len(available) < devices:
+        raise ValueError(f"{devices} devices are needed, {len(available)} are here")
+    return jax.make_mesh((devices,), ("data",), devices=available, axis_types=(AxisType.Auto,))
 
 
 def ours(mesh: Mesh, **options) -> Callable:
@@ -95,7 +95,7 @@ FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Of one program: N pairs of width d over the mesh."""
+    """Shapes of one program: N pairs of width d over the mesh."""
 
     pairs: int
     d: int
@@ -135,14 +135,14 @@ def compile_matmuls(mesh: Mesh, shapes: Shapes) -> jax.stages.Compiled:
 
 
 def temp_bytes(program: jax.stages.Compiled) -> int:
-    """Per device, beyond the arguments and the results: XLA's own plan of the memory."""
+    """Bytes per device beyond arguments and results, by XLA's own plan of the memory."""
     analysis = program.memory_analysis()
     assert analysis is not None, "this backend does not tell what memory it plans"
     return analysis.temp_size_in_bytes
 
 
 def shardings(program: jax.stages.Compiled) -> list[NamedSharding]:
-    """Of its arguments."""
+    """Shardings of the program's arguments."""
     inputs = program.input_shardings
     assert inputs is not None
     return list(inputs[0])

@@ -13,7 +13,7 @@ from benchmarks.loss_worker import Job, serve, timed
 
 
 def environment(job: Job) -> dict[str, str]:
-    """Of the process, which must know it before JAX starts."""
+    """Environment variables that must be set before JAX starts."""
     if job.platform != "cpu":
         # Several systems share the accelerator: none may take its memory in advance.
         return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}

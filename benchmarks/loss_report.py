@@ -1,4 +1,4 @@
-"""What the loss benchmark found: statistics, the table for the terminal and for Markdown, JSON."""
+"""Results of the loss benchmark: statistics, the table for the terminal and for Markdown, JSON."""
 
 import json
 import pathlib
@@ -56,7 +56,7 @@ def with_statistics(systems: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(systems: list[dict[str, Any]]) -> list[list[str]]:
-    """COLUMNS, then a row for each system that was measured; "-" is what does not apply."""
+    """COLUMNS, then a row for each system that was measured; "-" where one does not apply."""
     rows: list[list[str]] = [list(COLUMNS)]
     for record in systems:
         if not record.get("seconds"):
@@ -79,7 +79,7 @@ def table(systems: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """For a terminal: the first column to the left, numbers to the right."""
+    """The table for a terminal: the first column to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(

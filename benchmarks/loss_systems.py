@@ -1,4 +1,4 @@
-"""Which systems the loss benchmark compares, and which of them can run here."""
+"""The systems that the loss benchmark compares, and whether they can run here."""
 
 import dataclasses
 import json
@@ -8,16 +8,17 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from base.errors import UserError
 from benchmarks import loss_jax, loss_jax_worker, loss_torch, loss_torch_worker
-from benchmarks.loss_case import Case, Mistake
+from benchmarks.loss_case import Case
 from benchmarks.loss_worker import ROOT, Job, Worker
 
-BASE = "ours-ring"  # the others' ratios are to it
+BASE = "ours-ring"  # the system that ratios of the others are to
 
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """A way to compute the loss. `worker` is "jax" or "torch", `options` says which of its."""
+    """A way to compute the loss: `options` choose it in the worker, which is "jax" or "torch"."""
 
     name: str
     what: str
@@ -100,20 +101,20 @@ def every() -> list[System]:
 
 
 def choose(names: str, platform: str) -> list[System]:
-    """Those that `names` lists, comma-separated: a name, or the part of names before a "-".
+    """The systems that `names` lists, comma-separated: a name, or the part of names before a "-".
 
-    "" are all, less the bare matmuls off accelerators, where they say nothing of a limit.
+    "" lists all, but on CPUs without the bare matmuls, which are no limit there.
     """
     systems = every()
     if not names:
         return [s for s in systems if platform != "cpu" or s.name != "matmuls"]
     chosen: list[System] = []
     for name in names.split(","):
-        found = [s for s in systems if s.name == name or s.name.startswith(f"{name}-")]
-        if not found:
+        matches = [s for s in systems if s.name == name or s.name.startswith(f"{name}-")]
+        if not matches:
             known = ", ".join(s.name for s in systems)
-            raise Mistake(f"--systems: no system {name!r}; there are {known}")
-        chosen += [s for s in found if s not in chosen]
+            raise UserError(f"--systems: no system {name!r}; there are {known}")
+        chosen += [s for s in matches if s not in chosen]
     return [s for s in systems if s in chosen]
 
 
@@ -121,10 +122,10 @@ def probe_peers(peer_python: str) -> dict[str, Any]:
     """What `loss_torch.probe` finds in the environment of that interpreter.
 
     Raises:
-      Mistake: the interpreter does not run.
+      UserError: the interpreter does not run.
     """
     try:
-        told = subprocess.run(
+        probe = subprocess.run(
             [peer_python, "-m", "benchmarks.loss_torch_worker", "--probe"],
             cwd=ROOT,
             capture_output=True,
@@ -132,11 +133,11 @@ def probe_peers(peer_python: str) -> dict[str, Any]:
             timeout=300,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Mistake(f"--peer_python {peer_python} does not run: {error}") from None
-    if told.returncode:
-        last = (told.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        raise Mistake(f"--peer_python {peer_python}: {last}")
-    return json.loads(told.stdout.strip().splitlines()[-1])
+        raise UserError(f"--peer_python {peer_python} does not run: {error}") from None
+    if probe.returncode:
+        last = (probe.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise UserError(f"--peer_python {peer_python}: {last}")
+    return json.loads(probe.stdout.strip().splitlines()[-1])
 
 
 def why_not(system: System, case: Case, platform: str, peers: dict[str, Any]) -> str:

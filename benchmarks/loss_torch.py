@@ -85,18 +85,18 @@ PACKAGES = {"open_clip": "open_clip_torch", "siglip-kernel": "siglip-kernel", "i
 
 
 def probe() -> dict[str, Any]:
-    """What is here: versions of torch and the peers, GPUs, options of open_clip's loss."""
-    found: dict[str, Any] = {"versions": {}, "gpus": 0, "open_clip_chunks": False}
+    """Versions of torch and the peers, number of GPUs, and whether open_clip's loss has chunks."""
+    installed: dict[str, Any] = {"versions": {}, "gpus": 0, "open_clip_chunks": False}
     for name, package in {"torch": "torch", "triton": "triton", **PACKAGES}.items():
         try:
-            found["versions"][name] = importlib.metadata.version(package)
+            installed["versions"][name] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    if "torch" in found["versions"]:
+    if "torch" in installed["versions"]:
         import torch
 
-        found["gpus"] = torch.cuda.device_count()
-        if "open_clip" in found["versions"]:
+        installed["gpus"] = torch.cuda.device_count()
+        if "open_clip" in installed["versions"]:
             options = inspect.signature(open_clip_module().SigLipLoss.__init__).parameters
-            found["open_clip_chunks"] = "chunk_size" in options
-    return found
+            installed["open_clip_chunks"] = "chunk_size" in options
+    return installed

@@ -1,4 +1,4 @@
-"""How many bytes of tensors PyTorch holds at most, on a CPU, where it keeps no such count."""
+"""Counts the peak bytes of PyTorch's tensors on a CPU, where PyTorch has no such counter."""
 
 # pyright: reportMissingImports=false
 # The peers are optional, and mostly in another environment.
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakBytes(TorchDispatchMode):
-    """Within it, `peak` is the most bytes that storages made within it held at one time.
+    """A context whose `peak` is the most bytes that storages allocated in it held at one time.
 
     It sees what operators return, so neither what an operator allocates and frees inside (packed
     operands of a matmul, say) nor what gloo copies into sockets is in it; receive buffers are.

@@ -1,7 +1,8 @@
 """The worker of the systems that are PyTorch: one process for each device, which this one leads.
 
 gloo connects them on a CPU, NCCL on GPUs. A repetition lasts from the first start to the last end
-of them all, after a barrier. `python -m benchmarks.loss_torch_worker --probe` says what is here.
+of them all, after a barrier. `python -m benchmarks.loss_torch_worker --probe` prints what is
+installed.
 """
 
 # pyright: reportMissingImports=false
@@ -70,7 +71,7 @@ class Rank:
         return loss.detach()
 
     def prepare(self) -> dict:
-        """Peak bytes beyond inputs and gradients; and what the errors of all rows are made of."""
+        """Peak bytes beyond inputs and gradients, and sums of squares for the error of all rows."""
         self.step()
         peak, loss = self._measured_step()
         grads = [leaf.grad for leaf in self.leaves]
@@ -125,23 +126,23 @@ class Rank:
 
 def run_rank(job: Job, rank: int, meeting: str, pipe) -> None:
     """Answers commands from `pipe` until it closes."""
-    here: list[Rank] = []
+    ranks: list[Rank] = []
     while True:
         try:
             command, *arguments = pipe.recv()
         except EOFError:
-            os._exit(0)  # without the farewells of a process group, whose others may be gone
+            os._exit(0)  # without leaving the process group, whose others may be gone
         try:
             if command == "prepare":
-                here.append(Rank(job, rank, meeting))
-            pipe.send(getattr(here[0], command)(*arguments))
+                ranks.append(Rank(job, rank, meeting))
+            pipe.send(getattr(ranks[0], command)(*arguments))
         except Exception as error:
             traceback.print_exc()
             pipe.send({"failed": why(error)})
 
 
 class Leader:
-    """Starts the ranks, asks all of them and combines what they say."""
+    """Starts the ranks, sends commands to all of them and combines their answers."""
 
     def __init__(self, job: Job):
         self.job = job

@@ -1,4 +1,4 @@
-"""One system under measurement is one process, so that rounds may alternate between systems.
+"""Runs each system under measurement in a process, so that rounds can alternate between them.
 
 The benchmark sends a command a line, and the worker answers with a line of JSON:
   prepare    -> {"memory_bytes", "errors", "loss", ...}: everything is compiled, and ran once
@@ -31,9 +31,9 @@ class Failed(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a worker is to measure; it travels as JSON on the command line.
+    """The job of a worker, which gets it as JSON on its command line.
 
-    `options` say which of the worker's systems it is. `platform` is "cpu" or "gpu". `folder` has
+    `options` choose one of the worker's systems. `platform` is "cpu" or "gpu". `folder` has
     the inputs and, where there is one, the reference.
     """
 
@@ -125,8 +125,8 @@ class Worker:
             self._process.wait(5)
         self._log.seek(0)
         lines = collections.deque((line for line in self._log if line.strip()), maxlen=1)
-        said = f": {' '.join(lines[0].split())}"[:200] if lines else ""
-        return f"the process ended with code {self._process.poll()}{said}"
+        last_line = f": {' '.join(lines[0].split())}"[:200] if lines else ""
+        return f"the process ended with code {self._process.poll()}{last_line}"
 
     def close(self) -> None:
         """Ends the process, at once if it does not end by itself."""

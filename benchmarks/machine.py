@@ -1,4 +1,4 @@
-"""What this machine is: every result of a benchmark says where it was measured."""
+"""Describes this machine, for the record of where a result was measured."""
 
 import datetime
 import importlib.metadata
@@ -45,18 +45,18 @@ def describe(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Of those that are installed here; nothing is imported."""
-    found = {}
+    """Versions of the packages that are installed, without importing them."""
+    installed = {}
     for name in packages:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def one_line(machine: dict[str, Any]) -> str:
-    """'2 cores of Intel Xeon, 23 GiB, no accelerator; jax 0.10.2; 2026-11-21': under a table."""
+    """'2 cores of Intel Xeon, 23 GiB, no accelerator; jax 0.10.2; 2026-11-21', for a table."""
     chips = machine["accelerator"] or "no accelerator"
     packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (

@@ -20,12 +20,12 @@ import time
 from typing import Any
 
 from base import command_line
-from benchmarks.loss_case import Mistake
+from base.errors import UserError
 from benchmarks.train_case import MODELS, TOKEN_LEN, VOCAB_SIZE, Case, step_flops
 from benchmarks.train_others import Others
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-HIDDEN = ("--peer_python", "--peer_import", "--out")  # what only this machine has
+HIDDEN = ("--peer_python", "--peer_import", "--out")  # flags whose values only this machine has
 
 
 def make_parser() -> command_line.Parser:
@@ -52,7 +52,6 @@ def main(argv: list[str]) -> int:
     overrides, rest = command_line.split_overrides(argv)
     return command_line.run(
         lambda: run(make_parser().parse_args(rest), overrides, argv),
-        mistakes=(Mistake,),
         interrupted="interrupted",
     )
 
@@ -63,19 +62,19 @@ def run(flags: argparse.Namespace, overrides: list[tuple[str, str]], argv: list[
     # The workers need the accelerator's memory; this process only asks for its name.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if flags.rounds < 1 or flags.repeat < 1:
-        raise Mistake("--rounds and --repeat are at least 1")
+        raise UserError("--rounds and --repeat are at least 1")
     if flags.config and flags.model:
-        raise Mistake("give --model or --config, not both")
+        raise UserError("give --model or --config, not both")
     if overrides and not flags.config:
-        raise Mistake(f"--config.{overrides[0][0]} changes a config: pass --config too")
-    here = machine.describe()
-    platform = here["platform"]
+        raise UserError(f"--config.{overrides[0][0]} changes a config: pass --config too")
+    host = machine.describe()
+    platform = host["platform"]
     if flags.config:
         case = from_config(flags.config, overrides, flags.batch, flags.precision)
     else:
         precision = flags.precision or ("float32" if platform == "cpu" else "bfloat16")
         case = built_in(flags.model or "small", flags.batch, precision)
-    print(f"{machine.one_line(here)}\n{case.title}: {step_flops(case) / 1e9:,.1f} GFLOP a step")
+    print(f"{machine.one_line(host)}\n{case.title}: {step_flops(case) / 1e9:,.1f} GFLOP a step")
     bench, others = Bench(case), Others()
     try:
         bench.prepare(flags, platform)
@@ -86,7 +85,7 @@ def run(flags: argparse.Namespace, overrides: list[tuple[str, str]], argv: list[
         {
             "title": case.title,
             "command": shown(argv),
-            "machine": here,
+            "machine": host,
             **{k: v for k, v in dataclasses.asdict(case).items() if k != "name"},
             "rounds": flags.rounds,
             "repeat": flags.repeat,
@@ -140,7 +139,7 @@ def from_config(
 def make_case(
     name: str, model: dict[str, Any], batch: int, res: int, token_len: int, precision: str
 ) -> Case:
-    """Raises Mistake for sizes that fit no tower or no device."""
+    """Raises UserError for sizes that fit no tower or no device."""
     import jax
 
     from siglip.towers.two_towers import make_model
@@ -148,9 +147,9 @@ def make_case(
     try:
         towers = make_model(**model)
     except ValueError as error:
-        raise Mistake(f"the model of {name}: {error}") from None
+        raise UserError(f"the model of {name}: {error}") from None
     if batch < 1 or batch % jax.device_count():
-        raise Mistake(f"a batch of {batch} does not divide over {jax.device_count()} devices")
+        raise UserError(f"a batch of {batch} does not divide over {jax.device_count()} devices")
     shared = ("width", "depth", "mlp_dim", "num_heads", "pool", "out_dim")
     img, txt = (
         {key: getattr(tower, key) for key in (*shared, *own)}
@@ -160,12 +159,12 @@ def make_case(
         )
     )
     if res % img["patch_size"]:
-        raise Mistake(f"{res} px do not divide into patches of {img['patch_size']}")
+        raise UserError(f"{res} px do not divide into patches of {img['patch_size']}")
     return Case(name, model, img, txt, batch, res, token_len, precision)
 
 
 def shown(argv: list[str]) -> str:
-    """The command as results quote it: without what only this machine has."""
+    """The command as results quote it, without paths that only this machine has."""
     words, argv = ["python", "-m", "benchmarks.train"], list(argv)
     while argv:
         flag, equals, _ = (word := argv.pop(0)).partition("=")
@@ -177,7 +176,7 @@ def shown(argv: list[str]) -> str:
 
 
 class Bench:
-    """A worker for each system, and what they said. records[0] is ours."""
+    """A worker for each system, and their answers; records[0] is ours."""
 
     def __init__(self, case: Case):
         self.case = case
@@ -224,7 +223,7 @@ class Bench:
         self.say(f"{name} ready after {answer['prepare_s']:.1f} s of first steps")
         ours = self.records[0].get("parameters", answer["parameters"])
         if answer["parameters"] != ours:
-            raise Mistake(
+            raise UserError(
                 f"{name} has {answer['parameters']:,} parameters and ours {ours:,}: "
                 "the towers are not the same"
             )
@@ -259,7 +258,7 @@ class Bench:
         print(f"[{self.case}] {text}", flush=True)
 
     def _ask(self, record: dict[str, Any], question) -> Any:
-        """What the worker answers; None if it failed, and then it is out."""
+        """The worker's answer; None if it failed, and then the system is left out from here on."""
         from benchmarks.loss_worker import Failed
 
         try:

@@ -1,4 +1,4 @@
-"""What is trained in the benchmark of training: towers, batch, precision; and the FLOPs of that.
+"""A case of the benchmark of training, with towers, batch and precision, and its FLOPs.
 
 The standard library alone, because workers of other environments read it too.
 """

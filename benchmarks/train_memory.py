@@ -1,10 +1,10 @@
-"""Peak memory of this process on the host, where Linux tells it. The standard library alone."""
+"""Peak memory of this process on the host, on Linux, by the standard library alone."""
 
 import contextlib
 
 
 def reset_host_peak() -> None:
-    """From here on the peak starts anew; without the right to do that, it does not."""
+    """Restarts the measurement of the peak, where the process may do that."""
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 

@@ -3,7 +3,7 @@
 A step does what open_clip_train does: towers under autocast (bfloat16) or not (float32),
 SigLipLoss, clipped gradients, AdamW, the clamped logit scale; compiled is its `--torchcompile`.
 AdamW is given fused=True, which open_clip does not set and which is faster. Of this project it
-imports what needs the standard library alone. `loss_worker` has the protocol.
+imports only modules that need the standard library alone. `loss_worker` has the protocol.
 """
 
 # pyright: reportMissingImports=false
@@ -37,7 +37,7 @@ class Job:
 
 
 def why_not(case: Case) -> str:
-    """Why open_clip has no such towers; "" if it has them."""
+    """The reason why open_clip has no such towers; "" if it has them."""
     img, txt = case.img, case.txt
     for wrong, reason in (
         (img["pool"] != "map", f"image pool {img['pool']!r}"),

@@ -1,18 +1,23 @@
-"""How much of the CPU went to others while this process and its children worked."""
+"""The share of the CPU that others used while this process and its children worked."""
 
 import os
 import resource
 
 
 class Others:
-    """Counts from its construction on. Children count once they have ended."""
+    """The CPU time of other processes since its construction.
+
+    Children of this process are not others, but count only once they have ended.
+    """
 
     def __init__(self):
         self._start = _machine_seconds(), _own_seconds()
 
     def share(self) -> float | None:
-        """Of all CPU time of the machine, what neither was idle nor ours; a host that lends this
-        machine fewer cycles counts. None where Linux does not tell."""
+        """The share of the machine's CPU time that was neither idle nor ours; None off Linux.
+
+        Cycles that a host takes from this virtual machine are included.
+        """
         (before, own_before), (now, own_now) = self._start, (_machine_seconds(), _own_seconds())
         if before is None or now is None:
             return None

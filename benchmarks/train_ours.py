@@ -16,7 +16,7 @@ from benchmarks.loss_worker import serve
 from benchmarks.train_case import Case
 from benchmarks.train_memory import host_peak_bytes, reset_host_peak
 
-# As a config file that sets none of these; `optimizer` is that of both systems.
+# A run's settings; open_clip's worker has the same optimizer.
 RUN = {
     "lr": 1e-3,
     "wd": 1e-4,  # not multiplied by lr: 0.1 in torch.optim.AdamW's terms
@@ -28,7 +28,7 @@ RUN = {
     "schedule": {"name": "constant"},
 }
 LOG_EVERY = 50
-WARM_UP = 3  # steps: compilation, then buffers find their places
+WARM_UP = 3  # steps, for compilation and allocations
 
 
 class Ours:
@@ -109,7 +109,7 @@ class Ours:
         return [(time.monotonic() - begin) / steps]
 
     def _steps(self, steps: int) -> None:
-        """As in training, the next step is prepared while the last one runs."""
+        """Runs steps, each prepared while the one before it runs, as in training."""
         import jax
 
         from siglip.sharding import to_device
@@ -167,16 +167,16 @@ class Ours:
 def _seconds(step, *, block, repeats: int = 5) -> float:
     """Median of a few calls, the first not counted."""
     block(step())
-    taken = []
+    seconds = []
     for _ in range(repeats):
         begin = time.monotonic()
         block(step())
-        taken.append(time.monotonic() - begin)
-    return sorted(taken)[repeats // 2]
+        seconds.append(time.monotonic() - begin)
+    return sorted(seconds)[repeats // 2]
 
 
 def _device_peak_bytes() -> int | None:
-    """Of the first device, initialisation and compilation included."""
+    """Peak bytes on the first device, initialisation and compilation included."""
     import jax
 
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

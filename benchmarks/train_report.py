@@ -1,4 +1,4 @@
-"""What the benchmark of training found: statistics, tables for terminal and Markdown, JSON."""
+"""Results of the benchmark of training: statistics, tables for terminal and Markdown, JSON."""
 
 import json
 import pathlib

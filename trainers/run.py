@@ -28,7 +28,7 @@ class TrainingRun:
     setup: Setup
     workdir: pathlib.Path
     plan: Plan
-    first_step: int  # updates made before this life of the run
+    first_step: int  # updates before this life of the run
     logged: frozenset[str]  # evaluators whose numbers of first_step an earlier life has logged
     evaluators: dict[str, Any]
     checkpoints: Checkpoints
@@ -36,7 +36,7 @@ class TrainingRun:
     clock: Clock
     progress: TrainingProgress
     bad: BadExamples  # bad examples that this process met, by name
-    bad_counts: np.ndarray  # bad examples of all processes, by kind, in all steps made so far
+    bad_counts: np.ndarray  # bad examples of all processes, by kind, in all steps so far
     checked: tuple[int, int]  # (step, bad examples) when health.check last saw a good window
 
     def save(self, step: int, state: TrainState) -> None:

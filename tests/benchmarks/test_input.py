@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from base.errors import UserError
 from benchmarks import input, input_formats, input_photos, input_report
 from benchmarks.input_case import (
     DECODE,
@@ -26,8 +27,7 @@ from benchmarks.input_case import (
     Job,
     systems,
 )
-from benchmarks.input_worker import Bare, Counted, Loader, open_source
-from benchmarks.loss_case import Mistake
+from benchmarks.input_worker import Bare, CountingPreprocess, Loader, open_source
 from benchmarks.loss_worker import Worker
 
 COUNT = 16
@@ -72,10 +72,10 @@ def test_data_are_made_once_and_no_others_are_taken(data, tmp_path):
     before = (data / "recipe.json").stat().st_mtime_ns
     assert input_formats.prepare(data, COUNT)["count"] == COUNT
     assert (data / "recipe.json").stat().st_mtime_ns == before
-    with pytest.raises(Mistake, match="new folder"):
+    with pytest.raises(UserError, match="new folder"):
         input_formats.prepare(data, COUNT + 1)
     (tmp_path / "mine.txt").touch()
-    with pytest.raises(Mistake, match="not of this benchmark"):
+    with pytest.raises(UserError, match="not of this benchmark"):
         input_formats.prepare(tmp_path, COUNT)
 
 
@@ -105,11 +105,11 @@ def test_as_many_images_count_as_are_made(data, name):
 
 def test_rows_are_counted_when_they_are_made(data):
     loader = Loader(Job({"source": "", "image": FAST}, str(data), 8, 2))
-    counted = Counted(loader._preprocess)
+    counted = CountingPreprocess(loader._preprocess)
     with loader.stream(counted) as stream:
         batch = next(stream)
     assert batch["image"].shape == (8, 224, 224, 3) and batch["image"].dtype == np.uint8
-    assert counted.made >= 8
+    assert counted.rows >= 8
 
 
 @pytest.mark.parametrize("resize", [True, False])

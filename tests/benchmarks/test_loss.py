@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from base.errors import UserError
 from benchmarks import loss as command
 from benchmarks import loss_case, loss_curve, loss_jax, loss_report, loss_systems
-from benchmarks.loss_case import Case, Mistake
+from benchmarks.loss_case import Case
 from benchmarks.loss_worker import Failed
 from siglip.losses import definitions
 
@@ -255,7 +256,7 @@ def test_systems_are_chosen_by_name_or_by_its_beginning():
     chosen = loss_systems.choose("open_clip,ours-ring", "cpu")
     assert chosen[0].name == "ours-ring" and len(chosen) > 4
     assert {s.name.partition("-")[0] for s in chosen[1:]} == {"open_clip"}
-    with pytest.raises(Mistake, match="no system 'openclip'; there are ours-ring, "):
+    with pytest.raises(UserError, match="no system 'openclip'; there are ours-ring, "):
         loss_systems.choose("openclip", "cpu")
 
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from base.errors import UserError
 from benchmarks import train, train_open_clip, train_report
-from benchmarks.loss_case import Mistake
 from benchmarks.loss_worker import Worker
 from benchmarks.train_case import MODELS, forward_flops, peak_flops, step_flops
 from benchmarks.train_others import Others
@@ -133,7 +133,7 @@ def test_mistakes_are_one_line(argv, said, capsys):
 
 def test_towers_that_open_clip_lacks_are_named():
     assert "text pool 'gap'" in train_open_clip.why_not(towers("mu/16", 32, pool="gap"))
-    with pytest.raises(Mistake, match="divide into patches"):
+    with pytest.raises(UserError, match="divide into patches"):
         towers("mu/16", 40)
 
 

@@ -1,6 +1,6 @@
 """A config file: `def get_config(batch_size=256, runlocal=False)` -> a ConfigDict.
 
-It is Python, so whatever goes wrong in it is told as one line with its place.
+It is Python, so whatever goes wrong in it becomes one line with its place.
 """
 
 import importlib.util

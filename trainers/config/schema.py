@@ -47,7 +47,7 @@ class RunKeys:
     # schedule without the total in its formula (constant, rsqrt) simply goes on; one that would
     # have given other learning rates to steps already made needs stretch_schedule.
     total: Duration = "10 epochs"  # length of the run; may grow when the run goes on
-    stretch_schedule: bool = False  # accept a new total that changes the schedule of steps made
+    stretch_schedule: bool = False  # accept a new total that changes the schedule of past steps
     log_every: int = 50  # steps
     lr: float = 1e-3  # the schedule's peak
     wd: float = 1e-4  # weight decay per step, not multiplied by lr; follows the schedule
@@ -78,7 +78,7 @@ class InputKeys:
     batch_size: int = 256  # over all devices
     microbatch: int = 0  # pairs that are embedded at a time, over all devices; 0: all at once
     num_threads: int = NUM_THREADS  # that decode and transform, in each process
-    prefetch: int = PREFETCH  # batches made ahead
+    prefetch: int = PREFETCH  # batches that are prepared ahead
     max_bad_fraction: float = 0.01  # of examples that may be unusable before the run stops
     language_temperature: float | None = None  # see mixture.Languages; None: as they come
     corrupt: str | tuple = ""  # noise on purpose, see corrupt.py
@@ -195,15 +195,15 @@ FREE = (
 
 def parameters_of(*callables: Callable) -> dict[str, tuple[Any, Any]]:
     """{name: (annotation, default)} of the keyword-only parameters."""
-    found = {}
+    parameters = {}
     for fn in callables:
         signature = inspect.signature(fn)
         if any(isinstance(p.annotation, str) for p in signature.parameters.values()):
             signature = inspect.signature(fn, eval_str=True)
         for p in signature.parameters.values():
             if p.kind is p.KEYWORD_ONLY:
-                found[p.name] = (Any if p.annotation is p.empty else p.annotation, p.default)
-    return found
+                parameters[p.name] = (Any if p.annotation is p.empty else p.annotation, p.default)
+    return parameters
 
 
 def pattern_of(path: str) -> str:

@@ -22,7 +22,7 @@ NONE = 2**31 - 1
 
 @struct.dataclass
 class TrainState:
-    step: Int[Array, ""]  # updates made so far
+    step: Int[Array, ""]  # updates so far
     params: PyTree
     opt_state: PyTree
     averaged: PyTree  # moving averages of the subtrees of params that config.average names

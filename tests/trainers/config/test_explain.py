@@ -32,7 +32,7 @@ def test_every_key_is_shown_with_value_type_source_and_meaning(capsys):
     assert "; default of trainers.step.optimizer.lion" in keys["optimizer.b2"]
     assert re.search(r"; \S*quickstart\.py:\d+; length of the run", keys["total"])
     assert (
-        "; default of trainers.config.schema.InputKeys; batches made ahead"
+        "; default of trainers.config.schema.InputKeys; batches that are prepared ahead"
         in (keys["input.prefetch"])
     )
 
