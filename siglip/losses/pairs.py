@@ -15,7 +15,6 @@ Two options change that, for the definition (`labels`) and the ring (`Pairs`) al
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
