@@ -56,6 +56,14 @@ from programs import prepare_table  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture
+def unchecked_shapes():
+    """For a test of the error that a wrong shape raises where nothing checks annotations."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Forgets compiled programs after a week, so that their folder does not grow for ever."""
     if not hasattr(config, "workerinput"):

@@ -84,8 +84,8 @@ class Pairs:
         return positive, counted
 
     def key(
-        self, s: Float[Array, "r c"] | None, img: dict, txt: dict, seed
-    ) -> UInt32[Array, "r c"]:
+        self, s: Float[Array, "*pairs"] | None, img: dict, txt: dict, seed
+    ) -> UInt32[Array, "*pairs"]:
         """Keys that order negatives: those with the largest are kept. `s` are cosines, which random
         negatives do not need."""
         if self.negatives == "random":

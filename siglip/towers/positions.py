@@ -13,6 +13,7 @@ standard deviation. So a method always has a name:
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -155,7 +156,7 @@ def resize_text(
 
 
 def at_patches(
-    table: Float[Array, "g g w"], shape: Int[Array, "n 2"], length: int
+    table: Float[Array, "g g w"], shape: Int[Array, "n 2"], length: Any
 ) -> Float[Array, "n length w"]:
     """NaFlex: the table resized to each image's own grid, read at its patches in row-major order.
 
@@ -166,7 +167,7 @@ def at_patches(
     Args:
       table: of a square grid, 16 x 16 in the released models.
       shape: (rows, columns) of each image's patches; (0, 0) for an image that is all padding.
-      length: tokens of each image.
+      length: tokens of each image, an int or the symbolic dimension of an export.
 
     Returns:
       float32; zeros after the last of the rows * columns patches.

@@ -28,7 +28,7 @@ class TwoTowers(nn.Module):
     @nn.compact
     def __call__(
         self,
-        image: UInt8[Array, "n res res 3"] | Float[Array, "n ..."] | Patches | None = None,
+        image: UInt8[Array, "n h w 3"] | Float[Array, "n ..."] | Patches | None = None,
         text: Int[Array, "n l"] | None = None,
         *,
         rows: Int[Array, " n"] | None = None,

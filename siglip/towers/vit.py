@@ -69,7 +69,7 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(
         self,
-        image: Float[Array, "n res res 3"] | Patches,
+        image: Float[Array, "n h w 3"] | Patches,
         *,
         rows: Int[Array, " n"] | None = None,
         train: bool = False,
@@ -131,7 +131,7 @@ class ViT(nn.Module):
             x = nn.Dense(self.out_dim, dtype=self.dtype, name="head")(x)
         return x, out
 
-    def _embed_squares(self, image: Float[Array, "n res res 3"] | Patches) -> Float[Array, "n l d"]:
+    def _embed_squares(self, image: Float[Array, "n h w 3"] | Patches) -> Float[Array, "n l d"]:
         """Tokens with their positions.
 
         Pixels right of and below the last whole patch are not seen, as in released models of

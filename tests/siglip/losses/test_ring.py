@@ -276,7 +276,7 @@ def test_options_that_are_none_are_named(options, message):
         ring.make_sigmoid_loss(mesh_of(2), **options)
 
 
-def test_mistakes_are_named():
+def test_mistakes_are_named(unchecked_shapes):
     zimg, ztxt, t, b = inputs(12, 4, 10.0, -10.0)
     with pytest.raises(ValueError, match="12 pairs do not divide over 8 devices"):
         ring.sigmoid_loss(zimg, ztxt, t, b, mesh=mesh_of(8))

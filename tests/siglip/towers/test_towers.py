@@ -376,7 +376,7 @@ def test_an_image_smaller_than_a_patch_is_refused():
     ],
 )
 def test_attention_is_left_to_cudnn_only_where_cudnn_takes_it(
-    length, queries, head_dim, dtype, fits, monkeypatch
+    length, queries, head_dim, dtype, fits, monkeypatch, unchecked_shapes
 ):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
