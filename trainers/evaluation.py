@@ -44,6 +44,11 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
                 f"{workdir} holds results of other weights ({other[0]}); choose another"
             )
     storage.keep_indexes_in(str(workdir / INDEX))
+    if start.kind == "init" and "averaged" in {block.params for block in config.evals.values()}:
+        raise UserError(
+            "config.evals.*.params=averaged needs a run's own checkpoint: of the weights of "
+            "config.init there are no averages; pass --workdir of the run alone"
+        )
     setup = make_setup(config)
     evaluators = make_evaluators(setup)
     params = params_to_evaluate(setup, start)
@@ -80,11 +85,9 @@ def params_to_evaluate(setup: Setup, start: Start) -> PyTree:
 
 
 def averages_to_evaluate(setup: Setup, start: Start) -> PyTree:
-    """Moving averages of the towers' parameters, where an evaluator asks for them; with the weights
-    of config.init there are none yet, the averages would begin at the parameters."""
+    """Moving averages of the towers' parameters, where an evaluator asks for them."""
     config = setup.config
-    asked = any(block.params == "averaged" for block in config.evals.values())
-    if not asked or start.kind != "workdir":
+    if "averaged" not in {block.params for block in config.evals.values()}:
         return {}
     towers = sharded(setup.abstract_towers(), setup.mesh)
     abstract = {name: towers[name] for name in config.average.what if name in towers}

@@ -142,10 +142,15 @@ def make_evaluators(setup: Setup) -> dict[str, Any]:
     """Name -> evaluator. Opens their sources, so that a missing file shows before training."""
     evaluators = {}
     for name, block in setup.config.evals.items():
-        if block.params == "averaged" and not setup.config.average.what:
+        if block.params == "averaged" and not {"img", "txt"} & set(setup.config.average.what):
             raise UserError(
-                f"config.evals.{name}.params=averaged, but the run keeps no averages; set "
-                "config.average.what, such as img,txt,t,b"
+                f"config.evals.{name}.params=averaged, but the run keeps no averages of a tower; "
+                "set config.average.what, such as img,txt,t,b"
+            )
+        if block.type == "loss" and setup.loss_fn is None:
+            raise UserError(
+                f"config.evals.{name}.type=loss measures the loss of a contrastive objective, and "
+                "config.objectives has none"
             )
         evaluators[name] = EVALUATORS[block.type](
             setup.model,

@@ -76,12 +76,12 @@ class Objective:
 class Part:
     """One microbatch and the towers.
 
-    Objectives that call a tower with the same parameters share one forward and one backward pass.
+    Objectives that call a tower with the same parameters and the same `capture` share one forward
+    and one backward pass; another capture is one more pass.
 
     Attributes:
       batch: the fields of the batch, [n, ...] each, of these rows: image (image_mask and
-        image_shape of NaFlex), text, mask, row (place in the whole batch), and whatever else the
-        source's examples bring along.
+        image_shape of NaFlex), text, mask, and row (place in the whole batch).
     """
 
     def __init__(self, model: Any, batch: Mapping[str, Array], key: Array, place: Callable):

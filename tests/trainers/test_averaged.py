@@ -1,10 +1,14 @@
 """Evaluations of moving averages: in a run, by --eval_only, and after a resume."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from tiny_run import Tiny, assert_same_state, results, saved
 
 import main as program
+from base.errors import UserError
+from trainers.setup import make_evaluators, make_setup
 
 AVERAGE = ("--config.average.what=img,txt,t,b", "--config.average.decay=0.5")
 OF_AVERAGED = ("--config.evals.val.params=averaged", "--config.evals.val.every=")
@@ -59,6 +63,18 @@ def test_a_run_with_averages_goes_on_bit_for_bit(tiny, run):
 def test_averages_that_nobody_keeps_cannot_be_evaluated(tiny, tmp_path, capsys):
     assert tiny.main(tmp_path / "run", *OF_AVERAGED, evals="val") == program.MISTAKE
     message = capsys.readouterr().err
-    assert "config.evals.val.params=averaged, but the run keeps no averages" in message
+    assert "config.evals.val.params=averaged, but the run keeps no averages of a tower" in message
     assert tiny.main(tmp_path / "run", "--config.average.what=image") == program.MISTAKE
     assert "config.average: there are no parameters 'image'" in capsys.readouterr().err
+
+
+def test_released_weights_have_no_averages_to_evaluate(tiny, run, tmp_path, capsys):
+    flags = (*AVERAGE, *OF_AVERAGED, f"--config.init={run}")
+    assert tiny.main(tmp_path / "new", "--eval_only", *flags, evals="val") == program.MISTAKE
+    assert "params=averaged needs a run's own checkpoint" in capsys.readouterr().err
+
+
+def test_the_loss_of_a_run_without_a_contrastive_objective_is_refused(tiny):
+    setup = dataclasses.replace(make_setup(tiny.load(evals="val")), loss_fn=None)
+    with pytest.raises(UserError, match=r"val\.type=loss measures the loss of a contrastive"):
+        make_evaluators(setup)

@@ -36,9 +36,8 @@ def initial_params(
         raise UserError(f"config.init_only names {unknown[0]!r}, which is none of {PARTS}")
     try:
         weights = checkpoints.read(source)
-        read_notes = list(weights.notes)
         weights, notes = fit(setup, _select(weights, only))
-        return _replace(params, weights, config.model.scan, only), [*read_notes, *notes]
+        return _replace(params, weights, config.model.scan, only), notes
     except CheckpointError as error:
         raise UserError(f"config.init: {error}") from None
 

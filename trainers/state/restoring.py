@@ -134,7 +134,8 @@ def _is_fresh(
         branch, _, name = leaf.partition("/")
         if branch == "opt_state":  # opt_state/0/.../mu/NAME
             name = next((p for p in parameters if leaf.endswith(f"/{p}")), "")
-        return any(re.fullmatch(pattern, name) for pattern in patterns)
+        # The number of steps, the schedule's and Adam's included, belongs to no parameter.
+        return bool(name) and any(re.fullmatch(pattern, name) for pattern in patterns)
 
     return is_fresh
 

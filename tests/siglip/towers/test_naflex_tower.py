@@ -212,7 +212,7 @@ def test_mistakes_are_named(options, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_tower_refuses_what_it_does_not_take():
+def test_a_tower_refuses_what_it_does_not_take(unchecked_shapes):
     text = dict(variant="mu", vocab_size=9, **TINY)
     squares = make_model(img=dict(variant=f"mu/{P}", **TINY), txt=text)
     coarse = make_model(img=dict(variant="mu/8", naflex_grid=GRID, **TINY), txt=text)

@@ -8,6 +8,8 @@ import pytest
 from tiny_state import DATA, abstract, assert_same, make_state, saved
 
 from base.errors import UserError
+from siglip.checkpoints.files import orbax_tree
+from trainers.state import restoring
 from trainers.state.checkpointing import Checkpoints
 from trainers.state.restoring import restore_params, restore_state
 from trainers.state.start import Start, find_start
@@ -212,3 +214,11 @@ def test_a_pattern_of_fresh_parameters_that_matches_none_is_one_line(tmp_path, p
     with pytest.raises(UserError, match=f"^config.fresh: {message}") as error:
         started_fresh(tmp_path, (pattern,))
     assert "\n" not in str(error.value)
+
+
+def test_no_pattern_makes_the_number_of_steps_fresh():
+    wanted = jax.eval_shape(make_state)
+    is_fresh = restoring._is_fresh((".*",), wanted, orbax_tree.leaves(wanted))
+    fresh = {name: is_fresh(name) for name in orbax_tree.leaves(wanted)}
+    assert [name for name, yes in fresh.items() if not yes and "count" not in name] == ["step"]
+    assert sum("count" in name for name, yes in fresh.items() if not yes) == 1
