@@ -63,15 +63,16 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
     )
     with mistakes_of("average"):
         average = Average(**config.average)
-        abstract, init = make_state(
-            setup.model,
-            setup.objectives,
-            tx,
-            setup.mesh,
-            seed=config.seed,
-            inputs=setup.inputs,
-            average=average,
-        )
+        average.check(params)
+    abstract, init = make_state(
+        setup.model,
+        setup.objectives,
+        tx,
+        setup.mesh,
+        seed=config.seed,
+        inputs=setup.inputs,
+        average=average,
+    )
     with contextlib.ExitStack() as closing:
         checkpoints = Checkpoints(
             str(workdir),

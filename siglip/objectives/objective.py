@@ -60,6 +60,9 @@ class Objective:
       carry: (carried, stats, count) -> the next `carried`; no gradient passes, `count` is the
         number of rows in the sums.
       weight: of this term in the loss.
+
+    Raises:
+      ValueError: one of start and carry is given without the other.
     """
 
     rows: Callable[..., Rows]
@@ -71,6 +74,10 @@ class Objective:
     start: Callable[[], PyTree] | None = None
     carry: Callable[..., PyTree] | None = None
     weight: float = 1.0
+
+    def __post_init__(self):
+        if (self.start is None) != (self.carry is None):
+            raise ValueError("an objective has both start and carry, or neither")
 
 
 class Part:

@@ -96,7 +96,9 @@ def completed(
         messages = (f"{place(file, leaf(key))}: {_unknown(key, tree)}" for key in unknown)
         raise UserError("; ".join(messages))
     overrides = list(overrides)
+    in_file = set(contract.paths(given))
     given = contract.fill(given, overrides)
+    of_contract = set(contract.paths(given)) - in_file
     tree = settings(given, unknown=[], where=file)
     # 1. Components, so that the other overrides see the keys of the new ones. What was set for
     #    the old component goes: the new one starts from its defaults.
@@ -120,6 +122,9 @@ def completed(
                 },
             )
     tree = settings(given, unknown=[], where=file)
+    for key, setting in leaves(tree):
+        if key in of_contract:
+            setting.source = "config.contract"
     # 2. All the others.
     for key, value in overrides:
         setting = _find(tree, key)

@@ -33,15 +33,19 @@ def fill(given: Mapping[str, Any], overrides: Iterable[tuple[str, str]]) -> Mapp
       UserError: the weights cannot be read, or came without a tokenizer. One line.
     """
     flags = dict(overrides)
-    source = given.get("contract")
-    if "contract" in flags:
-        source = values.parse_key(flags["contract"], str | None, "contract", "--config.contract")
-    is_set = {*_paths(given), *flags}
+
+    def value_of(key: str, annotation: Any) -> Any:
+        if key in flags:
+            return values.parse_key(flags[key], annotation, key, f"--config.{key}")
+        return given.get(key)
+
+    source, init = value_of("contract", str | None), value_of("init", str | None)
+    is_set = {*paths(given), *flags}
     if not isinstance(source, str) or not source or is_set >= set(KEYS):
         return given
     contract = _read(source)
     own_tokenizer = any(key.startswith("input.tokenizer.") for key in is_set)
-    taken = (given.get("init_only") or (*TOWERS, "t", "b")) if "init" in is_set else ()
+    taken = (value_of("init_only", tuple) or (*TOWERS, "t", "b")) if init else ()
     from_contract: dict[str, Any] = {
         f"input.{key}": value for key in INPUT_KEYS if (value := getattr(contract, key)) is not None
     }
@@ -57,7 +61,7 @@ def fill(given: Mapping[str, Any], overrides: Iterable[tuple[str, str]]) -> Mapp
     if own_tokenizer:
         return filled
     tokenizer = contract.tokenizer
-    if not tokenizer and (init := given.get("init")) and init != source:
+    if not tokenizer and init and init != source:
         tokenizer = _read(init).tokenizer
     if not tokenizer:
         raise UserError(
@@ -76,13 +80,13 @@ def _read(source: str) -> Any:
         raise UserError(f"config.contract: {error}") from None
 
 
-def _paths(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+def paths(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The paths of all leaves: ['lr', 'model.img.variant', ...]."""
-    paths = []
+    names = []
     for name, value in tree.items():
         is_block = isinstance(value, Mapping)
-        paths += _paths(value, f"{prefix}{name}.") if is_block else [f"{prefix}{name}"]
-    return paths
+        names += paths(value, f"{prefix}{name}.") if is_block else [f"{prefix}{name}"]
+    return names
 
 
 def _merged(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:

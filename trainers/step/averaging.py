@@ -26,11 +26,15 @@ class Average:
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), such as 0.999, not {self.decay}")
 
+    def check(self, params: PyTree) -> None:
+        """Raises ValueError where `what` names parameters that are not there."""
+        if unknown := [name for name in self.what if name not in params]:
+            known = ", ".join(params)
+            raise ValueError(f"there are no parameters {unknown[0]!r}; there are {known}")
+
 
 def start(params: PyTree, what: tuple[str, ...]) -> PyTree:
     """The first averages: copies of the parameters, whose buffers a step may be given."""
-    if unknown := [name for name in what if name not in params]:
-        raise ValueError(f"there are no parameters {unknown[0]!r}; there are {', '.join(params)}")
     return {name: jax.tree.map(jnp.copy, params[name]) for name in what}
 
 

@@ -20,6 +20,7 @@ from trainers.step.microbatches import Objectives, Outcome
 from trainers.step.train_state import Tally, TrainState
 
 Batch = dict[str, Array]
+OWN_METRICS = ("loss", "lr", "grad_norm", "update_norm", "param_norm")
 
 
 def make_update(
@@ -123,8 +124,8 @@ def _next_carried(objectives, carried, stats, mask) -> dict[str, PyTree]:
 
 
 def _metrics(objectives, outcome: Outcome, params, facts, logged) -> dict[str, Array]:
-    """What the objectives log. With several, each one's loss, and where two log the same name,
-    theirs goes before it."""
+    """What the objectives log; with several also objective/NAME, the loss of each. A name that two
+    log, or that the step logs itself, gets the objective's name before it."""
     metrics: dict[tuple[str, str], Array] = {}
     for name, objective in objectives.items():
         if objective.metrics is not None:
@@ -132,8 +133,8 @@ def _metrics(objectives, outcome: Outcome, params, facts, logged) -> dict[str, A
             logs = objective.metrics(outcome.z[name], own, facts, logged)
             metrics |= {(name, key): value for key, value in logs.items()}
         if len(objectives) > 1:
-            metrics[name, f"loss/{name}"] = outcome.losses[name]
-    often = collections.Counter(key for _, key in metrics)
+            metrics[name, f"objective/{name}"] = outcome.losses[name]
+    often = collections.Counter([*(key for _, key in metrics), *OWN_METRICS])
     return {
         key if often[key] == 1 else f"{name}/{key}": value for (name, key), value in metrics.items()
     }

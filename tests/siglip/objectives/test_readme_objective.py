@@ -42,7 +42,7 @@ def test_the_objective_of_the_readme_trains_and_is_saved(code, tmp_path, monkeyp
     assert tiny.main(tmp_path / "run", *flags, "--config.total=8 steps") == 0
     assert all(np.isfinite(losses(tmp_path / "run")))
     terms = [
-        (e["loss/contrastive"], e["loss/tokens"], e["loss"])
+        (e["objective/contrastive"], e["objective/tokens"], e["loss"])
         for e in events(tmp_path / "run")
         if "loss" in e
     ]

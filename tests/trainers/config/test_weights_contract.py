@@ -122,3 +122,21 @@ def test_no_weights_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"config.contract: .* no such file or folder") as error:
         load(tmp_path / "nothing")
     assert "\n" not in str(error.value)
+
+
+def test_flags_say_as_the_file_does_which_towers_come_from_the_weights(weights):
+    tokenizer = ("input.tokenizer.name", "bytes")
+    kept = load(weights, tokenizer).model.txt.vocab_size
+    assert kept == checkpoints.contract_of(weights).txt["vocab_size"]
+    new_tower = load(weights, tokenizer, ("init_only", "('img',)"))
+    assert new_tower.model.txt.vocab_size is None  # the trainer takes that of the tokenizer
+
+
+def test_show_config_tells_what_comes_from_the_weights(weights):
+    load(weights)
+    file = weights.parent / "config.py"
+    tree = complete.load_settings(str(file), [("input.res", "32")])
+    sources = {key: setting.source for key, setting in complete.leaves(tree)}
+    assert sources["input.token_len"] == sources["model.img.variant"] == "config.contract"
+    assert sources["input.res"] == "--config.input.res"
+    assert "config.py" in sources["model.dtype"]

@@ -16,7 +16,7 @@ from siglip.towers.two_towers import make_model
 from trainers.step.averaging import Average
 from trainers.step.microbatches import Objectives
 from trainers.step.train_state import TrainState, init_params, make_state, new_tally, with_params
-from trainers.step.update import make_update
+from trainers.step.update import _metrics, make_update
 
 SIZES = dict(width=16, depth=1, mlp_dim=32, num_heads=2)
 N, CLASSES, VOCAB = 16, 5, 50
@@ -249,7 +249,7 @@ def test_logs_have_each_objectives_loss_and_the_temperature(compiled, batch, mes
     state, tally = fresh(compiled)
     _, _, metrics = compiled.update(state, tally, to_device(batch, mesh))
     of = {
-        name: float(metrics[f"loss/{name}"])
+        name: float(metrics[f"objective/{name}"])
         for name in ("contrastive", "spread", "classes", "teacher")
     }
     assert float(metrics["loss"]) == pytest.approx(
@@ -298,6 +298,21 @@ def test_mistakes_of_an_objective_are_named(model, mesh, objectives, batch):
         it = make(model, mesh, {"x": lost}, batch, average=Average())
         it.update(it.state, it.tally, to_device(batch, mesh))
     with pytest.raises(ValueError, match="there are no parameters 'image'"):
-        make(model, mesh, {"spread": objectives["spread"]}, batch, average=Average(what=("image",)))
+        Average(what=("image",)).check({"img": {}})
     with pytest.raises(ValueError, match="decay must be in"):
         Average(what=("img",), decay=1.0)
+    with pytest.raises(ValueError, match="both start and carry"):
+        Objective(lambda *_: Rows(), start=lambda: {})
+
+
+def test_a_metric_of_an_objective_never_hides_that_of_the_step_or_of_another():
+    def logging(**scalars):
+        rows = lambda *_: Rows()  # noqa: E731
+        return Objective(rows, metrics=lambda z, params, facts, logged: scalars)
+
+    terms = {"a": logging(loss=1, own=2, same=3), "b": logging(same=4)}
+    losses = {"a": 5, "b": 6}
+    outcome = types.SimpleNamespace(z={"a": {}, "b": {}}, losses=losses)
+    assert _metrics(terms, outcome, {}, {}, True) == {
+        "a/loss": 1, "own": 2, "a/same": 3, "b/same": 4, "objective/a": 5, "objective/b": 6
+    }  # fmt: skip
