@@ -1,4 +1,4 @@
-"""Trains a small model in a minute, on drawn scenes, with the ring loss over 4 CPU devices.
+"""Trains a small model in a minute, on drawn scenes, with the loss over 4 emulated CPU devices.
 
 make quickstart
 python main.py --config configs/quickstart.py --workdir runs/quickstart

@@ -257,7 +257,11 @@ def _unknown(key: str, tree: dict[str, Any], *, flag: bool = False) -> str:
     near += similar(key, same_name, always=True)
     near = near or similar(key, keys)
     if near := list(dict.fromkeys(near))[:3]:
-        return f"{message}; the nearest: {listed(prefix + path for path in near)}"
+        message += f"; the nearest: {listed(prefix + path for path in near)}"
+        if not siblings and pattern_of(parent(key)).endswith(".*"):
+            name = f"{prefix}{join(parent(key), block.choice or '')}"
+            message += f"; or add {leaf(parent(key))!r} by {name}=..."
+        return message
     if siblings:
         names = [prefix + join(parent(key), name) for name in siblings]
         return f"{message}; the keys there: {listed(names)}"

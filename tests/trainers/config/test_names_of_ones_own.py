@@ -35,3 +35,8 @@ def test_an_override_can_add_an_objective_or_an_evaluator():
     assert config.evals.more.type == "loss" and "val" in config.evals
     with pytest.raises(UserError, match="'softmx' is unknown; the nearest: softmax"):
         complete.load(str(QUICKSTART), [("objectives.second.name", "softmx")])
+
+
+def test_a_key_of_a_name_that_is_not_there_says_how_to_add_it():
+    with pytest.raises(UserError, match=r"add 'color' by --config\.objectives\.color\.name="):
+        complete.load(str(QUICKSTART), [("objectives.color.weight", "0.5")])
