@@ -29,7 +29,7 @@ class TwoTowers(nn.Module):
     def __call__(
         self,
         image: UInt8[Array, "n h w 3"] | Float[Array, "n ..."] | Patches | None = None,
-        text: Int[Array, "n l"] | None = None,
+        text: Int[Array, "m l"] | None = None,
         *,
         rows: Int[Array, " n"] | None = None,
         train: bool = False,
