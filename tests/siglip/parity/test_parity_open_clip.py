@@ -56,6 +56,7 @@ def case(request, peer, tmp_path_factory):
     )
     (folder / "model" / "open_clip_model.safetensors").unlink()  # of B/16, 370 MB
     ours = embed(weights, image, text.astype(np.int32))
+    ours = {what: ours[what] for what in TOLERANCE}  # open_clip has no other outputs
     out = np.load(folder / "out.npz")
     theirs = {gelu: {what: out[f"{gelu} {what}"] for what in ours} for gelu in GELUS}
     return spec.make_model().img, ours, theirs, not_tanh
