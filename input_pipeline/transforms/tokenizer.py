@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import sentencepiece
 import tokenizers as hf
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 from base.errors import UserError
 from base.words import one_line
@@ -33,7 +33,7 @@ class Bytes:
     def encode(self, text: str) -> list[int]:
         return [byte + 3 for byte in text.encode("utf-8")]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " l"]) -> str:
         return bytes(i - 3 for i in ids if i >= 3).decode("utf-8", "replace")
 
 
@@ -67,7 +67,7 @@ class SentencePiece:
     def encode(self, text: str) -> list[int]:
         return self._processor.EncodeAsIds(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " l"]) -> str:
         return self._processor.DecodeIds([int(i) for i in ids])
 
 
@@ -112,7 +112,7 @@ class HuggingFace:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " l"]) -> str:
         return self._tokenizer.decode([int(i) for i in ids])
 
 
