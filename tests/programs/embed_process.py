@@ -48,8 +48,8 @@ def made(seed: int):
 
 
 if __name__ == "__main__":
-    finish = store.Writer.finish  # it waits long after a shard, for a signal
-    store.Writer.finish = lambda self: (finish(self), time.sleep(100))
+    finish = store.ShardWriter.finish  # it waits long after a shard, for a signal
+    store.ShardWriter.finish = lambda self: (finish(self), time.sleep(100))
     siglip.load = load  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv = ["embed", *sys.argv[1:]]
     runpy.run_module("programs.embed", run_name="__main__", alter_sys=True)

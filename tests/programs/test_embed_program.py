@@ -209,6 +209,7 @@ def test_a_signal_ends_it_and_the_same_command_goes_on(whole, tmp_path, capsys, 
     with process:
         until = time.monotonic() + 600
         while not list(tmp_path.glob("rows-*")) and time.monotonic() < until:
+            assert process.poll() is None, process.stderr and process.stderr.read()
             time.sleep(0.05)
         process.send_signal(signum)
         assert process.wait(600) == 85
