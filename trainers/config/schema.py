@@ -61,7 +61,7 @@ class RunKeys:
     init_positions: str | None = None  # how image positions are resized, positions.METHODS
     init_text_positions: str | None = None  # how text positions are resized, TEXT_METHODS
     resume: str | None = None  # a run to go on from, in a new workdir
-    fresh: tuple[str, ...] = ()  # regexes of parameters that start anew with resume
+    fresh: tuple[str, ...] = ()  # regexes of names in the state that start anew with resume
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from base.errors import UserError
@@ -20,7 +21,7 @@ from siglip.checkpoints.files import orbax_tree
 from siglip.checkpoints.files.orbax_tree import DamagedCheckpoint
 from siglip.checkpoints.formats import workdir
 from siglip.checkpoints.weights import compare
-from trainers.step.rules import path_name, path_names
+from trainers.step.rules import path_name
 
 
 def locate(path: str | pathlib.Path, *, key: str = "checkpoint") -> pathlib.Path:
@@ -41,13 +42,16 @@ def restore_state(
     """(state, data, step) of another run.
 
     Args:
-      fresh: regexes of whole parameter names. Those parameters, and what is kept for them in the
-        optimizer and other branches of the state, come from `init`, whatever the checkpoint has.
+      fresh: regexes of what comes from `init`, whatever the checkpoint has: names of parameters
+        ('txt/.*'), which bring their optimizer state and moving average along, or names in two
+        other branches of the state ('averaged/img/.*', 'carried/NAME/.*'). A moving average that
+        starts fresh begins at the restored parameters. The numbers of steps, Adam's included, go
+        on counting.
       init: makes the initial state, on the shardings of `abstract_state`.
 
     Raises:
       UserError: the rest does not fit the checkpoint, the checkpoint is damaged (nothing of
-        somebody else's run is set aside), or a regex matches no parameter.
+        somebody else's run is set aside), or a regex matches nothing.
     """
     step = locate(path, key="config.resume")
     try:
@@ -116,7 +120,15 @@ def _is_fresh(
     patterns: tuple[str, ...], abstract_state: PyTree, saved: dict[str, Any]
 ) -> Callable[[str], bool]:
     """A function that tells whether the leaf of a state with this name starts fresh."""
-    names = path_names(abstract_state.params)
+    leaves = [*orbax_tree.leaves(abstract_state), *saved]
+    # Longest first: 'heads/t' is not 't'.
+    parameters = sorted(
+        {name.removeprefix("params/") for name in leaves if name.startswith("params/")},
+        key=len,
+        reverse=True,
+    )
+    others = {name for name in leaves if name.startswith(("averaged/", "carried/"))}
+    names = sorted({*parameters, *others})
     for pattern in patterns:
         try:
             matches = any(re.fullmatch(pattern, name) for name in names)
@@ -124,18 +136,17 @@ def _is_fresh(
             raise UserError(f"config.fresh: {pattern!r} is not a regex: {error}") from None
         if not matches:
             raise UserError(
-                f"config.fresh: {pattern!r} matches no parameter; {nearest(pattern, names)}"
+                f"config.fresh: {pattern!r} matches no parameter, moving average or state of an "
+                f"objective; {nearest(pattern, names)}"
             )
-    in_file = [name.removeprefix("params/") for name in saved if name.startswith("params/")]
-    # Longest first: 'heads/t' is not 't'.
-    parameters = sorted({*names, *in_file}, key=len, reverse=True)
 
     def is_fresh(leaf: str) -> bool:
         branch, _, name = leaf.partition("/")
         if branch == "opt_state":  # opt_state/0/.../mu/NAME
             name = next((p for p in parameters if leaf.endswith(f"/{p}")), "")
         # The number of steps, the schedule's and Adam's included, belongs to no parameter.
-        return bool(name) and any(re.fullmatch(pattern, name) for pattern in patterns)
+        own = {"averaged": (name, leaf), "carried": (leaf,)}.get(branch, (name,) if name else ())
+        return any(re.fullmatch(pattern, name) for pattern in patterns for name in own)
 
     return is_fresh
 
@@ -146,18 +157,23 @@ def _read_but(
     abstract_state: PyTree,
     init: Callable[[], PyTree],
 ) -> PyTree:
-    """The state of one step, but for leaves that come from init()."""
+    """The state of one step, but for leaves that are fresh."""
     wanted = orbax_tree.leaves(abstract_state)
     kept = {name: leaf for name, leaf in wanted.items() if not is_fresh(name)}
     saved = {n: leaf for n, leaf in orbax_tree.saved(step).items() if not is_fresh(n)}
     _check_fits(step, saved, kept)
     restored = orbax_tree.some_to_devices(step, kept)
+    new = wanted.keys() - kept.keys()
+    averages = {name for name in new if name.startswith("averaged/")}
 
     def initial() -> dict[str, Any]:  # under jit XLA drops all other leaves
-        return {n: x for n, x in orbax_tree.leaves(init()).items() if n not in kept}
+        leaves = orbax_tree.leaves(init())
+        return {name: leaves[name] for name in new - averages}
 
-    shardings = {name: leaf.sharding for name, leaf in wanted.items() if name not in kept}
+    shardings = {name: wanted[name].sharding for name in new - averages}
     restored |= jax.jit(initial, out_shardings=shardings)()
+    for name in averages:  # a copy, as a step may be given the buffer of either
+        restored[name] = jnp.copy(restored[f"params/{name.removeprefix('averaged/')}"])
     return jax.tree_util.tree_map_with_path(
         lambda path, _: restored[path_name(path)], abstract_state
     )

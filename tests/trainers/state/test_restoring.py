@@ -1,5 +1,7 @@
 """Which checkpoint wins, does it fit, weights only."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,7 +194,7 @@ def test_what_starts_fresh_may_be_absent_there_or_here(tmp_path):
     other = make_state(10)
     other.params["img"]["extra"] = jnp.ones(3)
     del other.params["t"]
-    save_tree(tmp_path, other.replace(opt_state=make_state().opt_state))
+    save_tree(tmp_path, dataclasses.replace(other, opt_state=make_state().opt_state))
     state, initial = started_fresh(tmp_path, ("t", "img/.*"))
     assert_same(state.params, initial.params)
     with pytest.raises(UserError, match="unknown to the model: params/img/extra"):
@@ -201,11 +203,36 @@ def test_what_starts_fresh_may_be_absent_there_or_here(tmp_path):
         started_fresh(tmp_path, ("img/.*",))
 
 
+def test_moving_averages_and_state_of_objectives_may_be_new_or_given_up(tmp_path):
+    """As somebody does who adds config.average or a teacher to a run that had none."""
+    plain, more = make_state(10), make_state(-1.0)
+    more.averaged["img"], more.carried["teacher"] = more.params["img"], {"centre": jnp.ones(4)}
+    save_tree(tmp_path / "plain", plain)
+    save_tree(tmp_path / "more", more)
+    wanted = abstract(2, jax.eval_shape(lambda: more))
+
+    def restored(run, *fresh, wanted=wanted, initial=more):
+        init = lambda: jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), initial, wanted)  # noqa: E731
+        return restore_state(tmp_path / run, wanted, fresh=fresh, init=init)[0]
+
+    state = restored("plain", "averaged/.*", "carried/teacher/.*")
+    assert_same(state.params, plain.params)
+    assert_same(state.averaged["img"], plain.params["img"])  # not those of the initial state
+    assert_same(state.carried["teacher"], more.carried["teacher"])
+    state = restored("more", "averaged/img/kernel", "carried/.*")
+    assert_same(state.averaged["img"]["kernel"], state.params["img"]["kernel"])
+    with pytest.raises(UserError, match="missing there: carried/teacher/centre"):
+        restored("plain", "averaged/.*")
+    state = restored("more", "averaged/.*", "carried/.*", wanted=abstract(2), initial=plain)
+    assert_same(state.params, more.params)
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("img/kernl", "'img/kernl' matches no parameter; the nearest: img/kernel"),
+        ("img/kernl", "'img/kernl' matches no parameter, .*; the nearest: img/kernel"),
         ("img", "'img' matches no parameter"),
+        ("carried/.*", "'carried/\\.\\*' matches no parameter, moving average or state of an obj"),
         ("(", "'\\(' is not a regex"),
     ],
 )

@@ -1,6 +1,5 @@
 """A state with all that a real one has: nested names, masked and bf16 moments, scalars."""
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,15 +7,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from trainers.state.checkpointing import Checkpoints
+from trainers.step.train_state import TrainState
 
 DATA = {"position": 64, "seed": 3}
-
-
-@flax.struct.dataclass
-class TrainState:
-    step: jax.Array
-    params: dict
-    opt_state: tuple
 
 
 TX = optax.chain(
@@ -30,7 +23,7 @@ def make_state(value=0.0, rows=16):
         "img": {"kernel": jnp.arange(rows * 64.0).reshape(rows, 64) + value},
         "t": jnp.ones(1),
     }
-    return TrainState(jnp.int32(0), params, TX.init(params))
+    return TrainState(jnp.int32(0), params, TX.init(params), averaged={}, carried={})
 
 
 def shardings(devices, tree=None):
