@@ -21,7 +21,7 @@ import numpy as np
 from base.command_line import Parser, run, split_overrides
 from base.errors import UserError
 from input_pipeline import loader
-from input_pipeline.bad_examples import BadExamples
+from input_pipeline.bad_examples import BadExamples, too_many
 from input_pipeline.errors import KINDS, BadExample
 from input_pipeline.order import order_of
 from programs import contact_sheet
@@ -131,7 +131,7 @@ def print_bad(sample: Sample, max_bad_fraction: float) -> None:
     codes = np.concatenate([batch["bad"] for batch in sample.batches])
     for code, count in zip(*np.unique(codes[codes > 0], return_counts=True)):
         print(f"  unusable: {count} {KINDS[code - 1]}")
-    if codes.any() and (codes > 0).mean() > max_bad_fraction:
+    if too_many(int((codes > 0).sum()), len(codes), max_bad_fraction):
         print(
             f"  {100 * (codes > 0).mean():.1f} % of the rows: a run stops above "
             f"{100 * max_bad_fraction:g} % (config.input.max_bad_fraction={max_bad_fraction})"

@@ -116,3 +116,14 @@ def test_an_embedding_is_a_strip_of_grays():
     assert strip[0, :, 0].tolist() == [0, 255, 127, 0]
     assert not contact_sheet.pixels(batch, 1).any()
     contact_sheet.draw([(strip, "", "")])
+
+
+@pytest.mark.parametrize(
+    ("bad", "allowed", "stops"), [(1, 0.01, False), (1, 0, True), (2, 0.1, True)]
+)
+def test_it_says_that_a_run_stops_where_a_run_does(capsys, bad, allowed, stops):
+    codes = np.zeros(16, np.int32)
+    codes[:bad] = 1
+    sample = inspect.Sample([{"bad": codes}], inspect.BadExamples(), "")
+    inspect.print_bad(sample, allowed)
+    assert ("a run stops above" in capsys.readouterr().out) == stops

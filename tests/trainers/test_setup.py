@@ -1,7 +1,9 @@
 """What a config turns into, and values that do not fit each other."""
 
+import contextlib
 import math
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -96,6 +98,15 @@ def test_what_a_source_left_out_counts_as_bad_examples(allowed, refused, caplog)
     else:
         data._check_damage({"cc12m": Source(), "other": range(3)}, allowed)
         assert "b.tar: 1 damaged record" in caplog.text
+
+
+@pytest.mark.parametrize(("allowed", "refused"), [(0.01, False), (0, True)])
+def test_one_sample_left_out_of_few_stops_no_run_that_allows_any(allowed, refused):
+    class Source(list):
+        damage = types.MappingProxyType({("no caption", "a.tar"): 1})
+
+    with pytest.raises(UserError) if refused else contextlib.nullcontext():
+        data._check_damage({"tiny": Source(range(8))}, allowed)
 
 
 def test_the_hash_of_an_order_changes_with_whatever_changes_the_order():
