@@ -25,6 +25,7 @@ from input_pipeline.bad_examples import BadExamples
 from input_pipeline.errors import BadExample
 from input_pipeline.sources.embeddings import KINDS
 from siglip.embed import embed_batch
+from siglip.leaf_names import leaves
 from siglip.sharding import batch_sharding, check_batch_size, local_mesh, replicated, to_device
 
 SHARD_ROWS = 16384  # 75 MB of images at d = 1152
@@ -167,10 +168,8 @@ def _hash_examples(source: Any) -> str:
 
 def hash_params(params: Any) -> str:
     """sha256 of names, shapes, types and bytes of the arrays, wherever these are placed."""
-    arrays = jax.tree_util.tree_flatten_with_path(params)[0]
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in arrays}
     digest = hashlib.sha256()
-    for name, x in sorted(named.items()):
+    for name, x in sorted(leaves(params).items()):
         array = np.ascontiguousarray(x)  # one at a time in memory
         digest.update(f"{name} {array.dtype} {list(np.shape(x))}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)

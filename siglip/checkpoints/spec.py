@@ -19,6 +19,7 @@ from base import whole_file
 from base.words import one_line
 from siglip import presets
 from siglip.checkpoints.errors import CheckpointError
+from siglip.leaf_names import leaves
 from siglip.towers.transformer import SIZES, VARIANTS
 from siglip.towers.two_towers import TwoTowers, make_model
 
@@ -96,8 +97,7 @@ class Spec:
         init = self.make_model(scan=True).init
         abstract = jax.eval_shape(init, jax.random.key(0), image, text)["params"]
         shapes: dict[str, tuple[int, ...]] = {}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
-            name = "/".join(str(key.key) for key in path)
+        for name, leaf in leaves(abstract).items():
             before, stacked, after = name.partition("/encoderblock/")
             if stacked:
                 for i in range(leaf.shape[0]):

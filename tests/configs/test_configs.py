@@ -18,11 +18,12 @@ from configs import finetune
 from input_pipeline.sources.files import Files
 from siglip import presets
 from siglip.checkpoints import spec
+from siglip.leaf_names import path_names
 from siglip.towers.two_towers import make_model
 from trainers import data
 from trainers.config import complete
 from trainers.plan import make_plan
-from trainers.step.rules import match_rules, path_names
+from trainers.step.rules import match_rules
 
 FOLDER = pathlib.Path(program.__file__).parent / "configs"
 FILES = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))

@@ -20,6 +20,7 @@ from evaluators import retrieval
 from input_pipeline import loader
 from input_pipeline.sources.files import Files
 from siglip import sharding
+from siglip.leaf_names import leaves
 from trainers import loop
 from trainers.config import stored
 from trainers.machine.preemption import Interrupted
@@ -200,8 +201,7 @@ def test_which_checkpoint_wins(begin, whole, tmp_path):
 
     def check(state, step):
         there = saved(whole.workdir, step)
-        for at, x in jax.tree_util.tree_leaves_with_path(state.params):
-            name = jax.tree_util.keystr(at, simple=True, separator="/")
+        for name, x in leaves(state.params).items():
             assert x.tobytes() == there[f"params/{name}"].tobytes()
 
     first, state = begin(tmp_path / "init", init=last)  # weights only

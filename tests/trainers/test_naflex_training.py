@@ -16,6 +16,7 @@ from base.errors import UserError
 from evaluators.embed import eval_image
 from input_pipeline.loader import train_batches
 from input_pipeline.sources.in_memory import Memory
+from siglip.leaf_names import path_name
 from siglip.losses import ring
 from siglip.objectives.contrastive import make_contrastive
 from siglip.sharding import AXES, make_mesh, to_device
@@ -84,7 +85,7 @@ def make(kind: str, mesh, frozen=lambda name: False, microbatch=0, **loss):
         model, objectives, tx, mesh, seed=0, inputs=(images_of(rows), rows["text"])
     )
     frozen = jax.tree_util.tree_map_with_path(
-        lambda path, _: frozen(jax.tree_util.keystr(path, simple=True, separator="/")),
+        lambda path, _: frozen(path_name(path)),
         abstract.params,
     )
     update = make_update(

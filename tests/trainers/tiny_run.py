@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import main as program
+from siglip.leaf_names import leaves
 from trainers import loop
 from trainers.config import complete
 
@@ -151,8 +152,7 @@ def saved(workdir: pathlib.Path, step: int = STEPS) -> dict:
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree
     )
     tree = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(at, simple=True, separator="/"): x for at, x in leaves}
+    return leaves(tree)
 
 
 def assert_same_state(one: dict, other: dict) -> None:

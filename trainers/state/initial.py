@@ -12,8 +12,8 @@ from siglip import checkpoints
 from siglip.checkpoints import adapt, spec
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.weights import Weights, compare, insert, stack
+from siglip.leaf_names import leaves
 from trainers.setup import Setup
-from trainers.step.rules import path_name
 
 PARTS = ("img", "txt", "t", "b")
 
@@ -44,10 +44,10 @@ def initial_params(
 
 def _select(weights: Weights, only: tuple[str, ...]) -> Weights:
     """The weights with the parts `only`."""
-    leaves = {name: leaf for name, leaf in weights.arrays.items() if name.split("/")[0] in only}
+    arrays = {name: x for name, x in weights.arrays.items() if name.split("/")[0] in only}
     absent = {tower: None for tower in ("img", "txt") if tower not in only}
     trained = dataclasses.replace(weights.spec, **absent)
-    return dataclasses.replace(weights, arrays=leaves, spec=trained)
+    return dataclasses.replace(weights, arrays=arrays, spec=trained)
 
 
 def fit(setup: Setup, weights: Weights) -> tuple[Weights, list[str]]:
@@ -97,16 +97,16 @@ def _with_key(change: Any, key: str) -> Weights:
 
 def _replace(params: PyTree, weights: Weights, scan: bool, only: tuple[str, ...]) -> PyTree:
     """`params` with the arrays of the weights, each put straight onto its devices."""
-    leaves = stack(weights.arrays) if scan else weights.arrays
-    fresh = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    arrays = stack(weights.arrays) if scan else weights.arrays
+    fresh = leaves(params)
     expected = {name: x.shape for name, x in fresh.items() if name.split("/")[0] in only}
-    shapes = {name: leaf.shape for name, leaf in leaves.items()}
+    shapes = {name: array.shape for name, array in arrays.items()}
     towers = f"img={weights.spec.img}, txt={weights.spec.txt}, see config.init_only"
     compare(shapes, expected, where=f"{weights.source} ({towers})")
     tree: dict[str, Any] = {}
     for name, x in fresh.items():
-        if name in leaves:
-            array = leaves[name].read().astype(x.dtype)
+        if name in arrays:
+            array = arrays[name].read().astype(x.dtype)
             x = jax.make_array_from_callback(x.shape, x.sharding, lambda at, a=array: a[at])
         insert(tree, name, x)
     return tree

@@ -21,7 +21,7 @@ from siglip.checkpoints.files import orbax_tree
 from siglip.checkpoints.files.orbax_tree import DamagedCheckpoint
 from siglip.checkpoints.formats import workdir
 from siglip.checkpoints.weights import compare
-from trainers.step.rules import path_name
+from siglip.leaf_names import path_name
 
 
 def locate(path: str | pathlib.Path, *, key: str = "checkpoint") -> pathlib.Path:

@@ -18,8 +18,9 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from base.errors import UserError
+from siglip.leaf_names import path_name, path_names
 from trainers.config import durations
-from trainers.step.rules import match_rules, path_name, path_names
+from trainers.step.rules import match_rules
 from trainers.step.schedules import SCHEDULES, Schedule, Step
 
 # Directions: transformations that turn a gradient into a step of about unit size.

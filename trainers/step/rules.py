@@ -3,22 +3,10 @@
 import re
 from typing import Any
 
-import jax
-
 from base.errors import UserError
 from base.words import similar
 
 ELSE = "else"  # the rule for what no other rule of its list matches
-
-
-def path_name(path: tuple) -> str:
-    """The name of a jax key path, such as 'img/Transformer/encoderblock_0/...'."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
-
-def path_names(tree: Any) -> list[str]:
-    """Names of the leaves, in the order of `jax.tree.leaves`."""
-    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def match_rules(rules: Any, names: list[str], *, key: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from base.words import one_line
 from siglip.checkpoints.errors import CheckpointError
+from siglip.leaf_names import leaves, path_name
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -26,17 +27,6 @@ def _handlers() -> tuple[Any, Any]:
     import orbax.checkpoint as ocp
 
     return ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
-
-
-def _name(path: tuple) -> str:
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
-
-def leaves(tree: Any) -> dict[str, Any]:
-    """{'params/img/...': leaf} of any tree; a state and Orbax's metadata of it have equal names."""
-    import jax
-
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def saved(step: pathlib.Path) -> dict[str, Any]:
@@ -85,7 +75,7 @@ def some_to_devices(step: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, 
     def in_file(values: dict[str, Any], other: Any) -> Any:
         """A tree of the file's structure, with the values of the arrays that are wanted."""
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: values.get(_name(path), other), tree
+            lambda path, _: values.get(path_name(path), other), tree
         )
 
     item, args = in_file(placed, ocp.PLACEHOLDER), in_file(args, ocp.RestoreArgs())

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from siglip.leaf_names import leaves
 from siglip.towers import transformer
 from siglip.towers.two_towers import make_model
 
@@ -31,15 +32,10 @@ def init(model):
     return jax.jit(model.init)(jax.random.key(0), *batch())["params"]
 
 
-def flat(tree) -> dict:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in leaves}
-
-
 def abstract(img: dict, txt: dict, res: int, token_len: int, **options) -> dict:
     model = make_model(img=img, txt=txt, **options)
     image, text = jnp.zeros((1, res, res, 3)), jnp.zeros((1, token_len), jnp.int32)
-    return flat(jax.eval_shape(model.init, jax.random.key(0), image, text)["params"])
+    return leaves(jax.eval_shape(model.init, jax.random.key(0), image, text)["params"])
 
 
 def test_b16_has_the_names_and_shapes_of_the_released_checkpoint():
@@ -268,7 +264,7 @@ def test_last_and_first_pool_read_the_token_they_are_named_after():
 
 
 def test_bottleneck_replaces_the_table_by_a_narrow_one_and_a_projection():
-    params = flat(init(tiny_model(txt=dict(bottleneck=6))))
+    params = leaves(init(tiny_model(txt=dict(bottleneck=6))))
     assert params["txt/Embed_0/embedding"].shape == (50, 6)
     assert params["txt/embed_projection/kernel"].shape == (6, 32)
     assert "txt/embed_projection/bias" not in params
@@ -277,7 +273,7 @@ def test_bottleneck_replaces_the_table_by_a_narrow_one_and_a_projection():
 def test_patches_are_dropped_at_random_in_training_only():
     model = tiny_model(img=dict(drop_patches=0.5))
     params, image = init(model), batch()[0]
-    assert flat(params).keys() == flat(init(tiny_model())).keys()
+    assert leaves(params).keys() == leaves(init(tiny_model())).keys()
 
     def embed(seed=None):
         rngs = {} if seed is None else {"dropout": jax.random.key(seed)}

@@ -13,6 +13,7 @@ from evaluators.embed import Embedder, tokenize
 from siglip import checkpoints, library
 from siglip.checkpoints import convert
 from siglip.checkpoints.formats import random_weights
+from siglip.leaf_names import leaves
 from siglip.towers import positions
 from trainers.evaluation import params_to_evaluate
 from trainers.setup import make_setup
@@ -53,8 +54,7 @@ def start(tiny, source, **overrides):
 
 
 def flat(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(k.key for k in path): np.asarray(x) for path, x in leaves}
+    return {name: np.asarray(x) for name, x in leaves(tree).items()}
 
 
 def assert_equal(one, other):

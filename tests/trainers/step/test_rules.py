@@ -1,11 +1,9 @@
 """Rules by regex: exactly one per parameter, and messages that name what is wrong."""
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from base.errors import UserError
-from trainers.step.rules import match_rules, path_names
+from trainers.step.rules import match_rules
 
 NAMES = ["img/Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel", "img/pos_embedding", "t"]
 
@@ -16,13 +14,6 @@ def error_of(rules):
     assert "\n" not in str(error.value)
     assert str(error.value).startswith("wd_mults")
     return str(error.value)
-
-
-def test_names_are_paths_in_the_order_of_the_leaves():
-    tree = {"t": jnp.ones(1), "img": {"b": jnp.zeros(2), "a": [jnp.zeros(3), jnp.zeros(4)]}}
-    names = path_names(tree)
-    assert names == ["img/a/0", "img/a/1", "img/b", "t"]
-    assert [leaf.size for leaf in jax.tree.leaves(tree)] == [3, 4, 2, 1]
 
 
 def test_every_parameter_gets_the_value_of_its_one_rule():

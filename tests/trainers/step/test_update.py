@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from siglip.leaf_names import path_name
 from siglip.losses import definitions, ring
 from siglip.losses.definitions import Loss
 from siglip.objectives.contrastive import make_contrastive
@@ -50,7 +51,7 @@ def make(
     objectives = {"contrastive": make_contrastive(model, mesh, loss_fn)}
     abstract, init = train_state.make_state(model, objectives, tx, mesh, seed=0, inputs=inputs)
     frozen = jax.tree_util.tree_map_with_path(
-        lambda path, _: frozen(jax.tree_util.keystr(path, simple=True, separator="/")),
+        lambda path, _: frozen(path_name(path)),
         abstract.params,
     )
     update = make_update(
