@@ -305,7 +305,7 @@ def make_parser() -> command_line.Parser:
     add, default = parser.add_argument, Options()
     add("source", metavar="SRC")
     add("target", metavar="DST")
-    add("--only", choices=("img", "txt"), help="one tower")
+    add("--only", choices=tuple(TOWERS.values()), help="one tower")
     add("--dtype", choices=("float32", "bfloat16"), default=default.dtype, help="of matmuls")
     add("--pixels", choices=PIXELS, default=default.pixels, help="float32: values in [-1, 1]")
     add("--platforms", default=",".join(default.platforms), help=f"of {', '.join(PLATFORMS)}")

@@ -17,7 +17,7 @@ from siglip.losses.definitions import Loss
 from siglip.objectives.objective import Objective
 from siglip.sharding import make_mesh, params_sharding
 from siglip.towers.precomputed import Precomputed
-from siglip.towers.two_towers import TwoTowers, make_model
+from siglip.towers.two_towers import TOWERS, TwoTowers, make_model
 from siglip.towers.vit import Patches, images_of
 from trainers.data import chosen, make_input, mistakes_of, without
 from trainers.objectives import initial_bias, make_objectives
@@ -142,7 +142,7 @@ def make_evaluators(setup: Setup) -> dict[str, Any]:
     """Name -> evaluator. Opens their sources, so that a missing file shows before training."""
     evaluators = {}
     for name, block in setup.config.evals.items():
-        if block.params == "averaged" and not {"img", "txt"} & set(setup.config.average.what):
+        if block.params == "averaged" and not set(TOWERS) & set(setup.config.average.what):
             raise UserError(
                 f"config.evals.{name}.params=averaged, but the run keeps no averages of a tower; "
                 "set config.average.what, such as img,txt,t,b"

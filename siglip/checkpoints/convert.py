@@ -16,6 +16,7 @@ from siglip.checkpoints.formats import hf_config, hf_tokenizer, names, open_clip
 from siglip.checkpoints.spec import check_contract
 from siglip.checkpoints.weights import Weights, report, split
 from siglip.towers import positions
+from siglip.towers.two_towers import TOWERS
 
 HELP = """\
 Converts a SigLIP or SigLIP 2 model between formats, exactly to the bit, and says what it did with
@@ -38,7 +39,7 @@ def make_parser() -> command_line.Parser:
     add("target", metavar="DST")
     add("--format", choices=FORMATS, help="of DST; .npz is big_vision, anything else huggingface")
     add("--img", metavar="SRC2", help="take the image tower from there: for a text tower of SigLiT")
-    add("--only", choices=("img", "txt"), help="one tower")
+    add("--only", choices=TOWERS, help="one tower")
     add("--stacked", action="store_true", help="big_vision: layers stacked, as its SigLIP 2 files")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="round every array")
     add("--tokenizer", metavar="FILE", help="a SentencePiece .model or a tokenizer.json")

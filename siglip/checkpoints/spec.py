@@ -21,7 +21,7 @@ from siglip import presets
 from siglip.checkpoints.errors import CheckpointError
 from siglip.leaf_names import leaves
 from siglip.towers.transformer import SIZES, VARIANTS
-from siglip.towers.two_towers import TwoTowers, make_model
+from siglip.towers.two_towers import TOWERS, TwoTowers, make_model
 
 FILE = "siglip.json"
 MIN_VOCAB_SHARE = 0.95  # of the rows of a token table that a fitting tokenizer uses at least
@@ -104,7 +104,7 @@ class Spec:
                     shapes[f"{before}/encoderblock_{i}/{after}"] = leaf.shape[1:]
             else:
                 shapes[name] = leaf.shape
-        absent = [tower for tower in ("img", "txt") if getattr(self, tower) is None]
+        absent = [tower for tower in TOWERS if getattr(self, tower) is None]
         return {
             name: shape
             for name, shape in shapes.items()

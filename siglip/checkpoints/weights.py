@@ -11,8 +11,8 @@ import numpy as np
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files.lazy_array import LazyArray
 from siglip.checkpoints.spec import Spec
+from siglip.towers.two_towers import PARTS
 
-PARTS = ("img", "txt", "t", "b")  # the towers, the temperature and the bias
 MAX_NAMES = 5  # arrays named in a message, for each kind of difference
 
 

@@ -12,6 +12,9 @@ from siglip.towers.text import make_text
 from siglip.towers.transformer import Outputs
 from siglip.towers.vit import Patches, make_vit
 
+TOWERS = ("img", "txt")
+PARTS = (*TOWERS, "t", "b")  # the subtrees of the model's parameters
+
 
 class TwoTowers(nn.Module):
     """Images and texts -> unit-norm embeddings in one space.

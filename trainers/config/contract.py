@@ -9,8 +9,8 @@ from typing import Any
 
 from base import values
 from base.errors import UserError
+from siglip.towers.two_towers import PARTS, TOWERS
 
-TOWERS = ("img", "txt")
 INPUT_KEYS = ("res", "token_len", "image", "text")
 KEYS = (
     *(f"model.{tower}.variant" for tower in TOWERS),
@@ -45,7 +45,7 @@ def fill(given: Mapping[str, Any], overrides: Iterable[tuple[str, str]]) -> Mapp
         return given
     contract = _read(source)
     own_tokenizer = any(key.startswith("input.tokenizer.") for key in is_set)
-    taken = (value_of("init_only", tuple) or (*TOWERS, "t", "b")) if init else ()
+    taken = (value_of("init_only", tuple) or PARTS) if init else ()
     from_contract: dict[str, Any] = {
         f"input.{key}": value for key in INPUT_KEYS if (value := getattr(contract, key)) is not None
     }

@@ -13,9 +13,8 @@ from siglip.checkpoints import adapt, spec
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.weights import Weights, compare, insert, stack
 from siglip.leaf_names import leaves
+from siglip.towers.two_towers import PARTS, TOWERS
 from trainers.setup import Setup
-
-PARTS = ("img", "txt", "t", "b")
 
 
 def initial_params(
@@ -45,7 +44,7 @@ def initial_params(
 def _select(weights: Weights, only: tuple[str, ...]) -> Weights:
     """The weights with the parts `only`."""
     arrays = {name: x for name, x in weights.arrays.items() if name.split("/")[0] in only}
-    absent = {tower: None for tower in ("img", "txt") if tower not in only}
+    absent = {tower: None for tower in TOWERS if tower not in only}
     trained = dataclasses.replace(weights.spec, **absent)
     return dataclasses.replace(weights, arrays=arrays, spec=trained)
 
@@ -118,7 +117,7 @@ def _replace(params: PyTree, weights: Weights, scan: bool, only: tuple[str, ...]
 def spec_of(setup: Setup) -> spec.Spec:
     """The content of siglip.json of a run."""
     config, preprocess = setup.config, setup.preprocess
-    img, txt = (_without_unset(config.model[tower]) for tower in ("img", "txt"))
+    img, txt = (_without_unset(config.model[tower]) for tower in TOWERS)
     img.pop("drop_patches", None)  # concerns training only
     txt["vocab_size"], txt["out_dim"] = setup.model.txt.vocab_size, setup.model.txt.out_dim or 0
     squares = img["variant"] != "precomputed" and not img.get("naflex_grid")

@@ -18,8 +18,7 @@ from jaxtyping import Array, PyTree
 
 from siglip.objectives.objective import Objective, Part, objective_key
 from siglip.sharding import batch_sharding, replicated
-
-TOWERS = ("img", "txt")  # may lack parameters: a precomputed tower has none
+from siglip.towers.two_towers import TOWERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +157,7 @@ class Objectives:
         subtree = key.partition("/")[0]
         if subtree in self.frozen:
             return not all(jax.tree.leaves(self.frozen[subtree]))
-        if subtree not in TOWERS:
+        if subtree not in TOWERS:  # these may lack parameters: a precomputed tower has none
             raise ValueError(
                 f"objective {objective!r} calls a z {key!r}, but there are no parameters "
                 f"{subtree!r}; there are {', '.join(self.frozen)}"

@@ -8,12 +8,13 @@ from siglip.checkpoints import spec
 from siglip.checkpoints.files import npz_file
 from siglip.checkpoints.files.lazy_array import LazyArray
 from siglip.checkpoints.spec import Spec
-from siglip.checkpoints.weights import PARTS, Weights, split, stack, unstack
+from siglip.checkpoints.weights import Weights, split, stack, unstack
+from siglip.towers.two_towers import PARTS, TOWERS
 
 # Where parameters lie: saved alone, in a training checkpoint, and without a prefix.
 PREFIXES = ("params/", "opt/target/", "")
 # First parts of the names of a tower that was saved alone; the first one tells which tower it is.
-TOWERS = {
+ALONE = {
     "img": ("embedding", "pos_embedding", "Transformer", "MAPHead_0", "head", "cls"),
     "txt": ("Embed_0", "pos_embedding", "Encoder_0", "head", "MAPHead_0", "embed_projection"),
 }
@@ -57,7 +58,7 @@ def _open(path: pathlib.Path) -> tuple[Spec, dict[str, LazyArray]]:
     else:
         arrays = _tower_alone(in_file)
     arrays = unstack(arrays)
-    towers = {name.split("/")[0] for name in arrays} & {"img", "txt"}
+    towers = {name.split("/")[0] for name in arrays} & set(TOWERS)
     if len(towers) == 1:  # the temperature is of no use without the other tower
         arrays = {name: array for name, array in arrays.items() if name not in ("t", "b")}
     beside = sidecar(path)
@@ -75,7 +76,7 @@ def _tower_alone(in_file: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     """The arrays of a file of one tower, whose names begin with its parts, as 'img/...'."""
     for prefix in PREFIXES:
         names = [name for name in in_file if name.startswith(prefix)]
-        for tower, parts in TOWERS.items():
+        for tower, parts in ALONE.items():
             own = [name for name in names if name.removeprefix(prefix).split("/")[0] in parts]
             if any(name.startswith(f"{prefix}{parts[0]}/") for name in own):
                 return {f"{tower}/{name.removeprefix(prefix)}": in_file[name] for name in own}

@@ -16,7 +16,8 @@ from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files import orbax_tree
 from siglip.checkpoints.files.lazy_array import of_array
 from siglip.checkpoints.spec import Spec
-from siglip.checkpoints.weights import PARTS, Weights, insert, unstack
+from siglip.checkpoints.weights import Weights, insert, unstack
+from siglip.towers.two_towers import PARTS
 
 FOLDER = "checkpoints"  # in the workdir
 
