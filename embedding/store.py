@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from base import whole_file
 from base.errors import UserError
+from base.nested import flatten
 from input_pipeline.errors import BadExample
 from input_pipeline.sources.embeddings import (
     KINDS,
@@ -192,9 +193,9 @@ class Store:
                     "with the same --out?"
                 )
             time.sleep(POLL_SECONDS)
-        before = self._on_disk()
-        for key, value in _flat(self.manifest).items():
-            was = _flat(before).get(key)
+        there, here = flatten(self._on_disk()), flatten(self.manifest)
+        for key in here | there:
+            was, value = there.get(key), here.get(key)
             if was != value and key.partition(".")[0] not in NOT_COMPARED:
                 raise UserError(
                     f"--out {self.out} is of another embedding, {key} {_short(was)} instead of "
@@ -319,15 +320,6 @@ class _GrowingNpy:
 def _plain(value: Any) -> Any:
     """The value as JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(value))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        inside = _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
-        flat |= inside or {f"{prefix}{key}": value}
-    return flat
 
 
 def _short(value: Any) -> str:

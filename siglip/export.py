@@ -26,13 +26,14 @@ from jax import export as jax_export
 from jaxtyping import Array
 
 from base import command_line, whole_file
+from base.nested import insert
 from siglip.checkpoints import adapt, read
 from siglip.checkpoints import spec as contract
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files import safetensors_file
 from siglip.checkpoints.files.lazy_array import LazyArray
 from siglip.checkpoints.spec import Spec
-from siglip.checkpoints.weights import Weights, insert
+from siglip.checkpoints.weights import Weights
 from siglip.embed import embed_batch
 from siglip.towers.vit import IMAGE_FIELDS, Patches
 
@@ -150,7 +151,7 @@ def embed(spec: Spec, name: str, dtype: str) -> Callable[..., Array]:
         # Embeddings depend on neither temperature nor bias, but the model reads both.
         params: dict[str, Any] = {"t": jnp.zeros(1), "b": jnp.zeros(1)}
         for array_name, array in arrays.items():
-            insert(params, array_name, array)
+            insert(params, array_name, array, "/")
         fields = ("text",) if name == "text" else IMAGE_FIELDS
         return embed_batch(model, params, dict(zip(fields, inputs)))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from base.nested import insert
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files.lazy_array import LazyArray
 from siglip.checkpoints.spec import Spec
@@ -70,7 +71,8 @@ class Weights:
         tree: dict[str, Any] = {}
         for name, lazy in (stack(self.arrays) if scan else self.arrays).items():
             array = lazy.read()
-            insert(tree, name, array if dtype is None else array.astype(dtype, copy=False))
+            array = array if dtype is None else array.astype(dtype, copy=False)
+            insert(tree, name, array, "/")
         return tree
 
 
@@ -91,14 +93,6 @@ def split(weights: Weights) -> tuple[Weights, tuple[str, ...]]:
 def _some(texts: list[str]) -> str:
     more = f" and {len(texts) - MAX_NAMES} more" if len(texts) > MAX_NAMES else ""
     return ", ".join(texts[:MAX_NAMES]) + more
-
-
-def insert(tree: dict[str, Any], name: str, value: Any) -> None:
-    """tree['a']['b'] = value for the name 'a/b'."""
-    *folders, last = name.split("/")
-    for folder in folders:
-        tree = tree.setdefault(folder, {})
-    tree[last] = value
 
 
 def compare(

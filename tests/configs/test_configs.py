@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 
 import main as program
 from base.errors import UserError
+from base.nested import flatten
 from configs import finetune
 from input_pipeline.sources.files import Files
 from siglip import presets
@@ -49,17 +50,9 @@ def load(name: str, arguments: str = ""):
     return complete.load(f"{FOLDER / name}.py" + (f":{arguments}" if arguments else ""))
 
 
-def flat(tree: dict, prefix: str = "") -> dict:
-    found = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        found |= flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return found
-
-
 def differences(name: str) -> dict:
     """Key -> its values in siglip_b16 and in the config of that name."""
-    one, other = (flat(load(n).to_dict()) for n in ("siglip_b16", name))
+    one, other = (flatten(load(n).to_dict()) for n in ("siglip_b16", name))
     keys = sorted(one.keys() | other.keys())
     return {k: (one.get(k), other.get(k)) for k in keys if one.get(k) != other.get(k)}
 
@@ -90,7 +83,7 @@ def test_every_config_takes_batch_size_and_res(name):
 
 def test_the_reference_run_is_that_of_the_paper():
     """arXiv 2303.15343, 4.2 and table 1; wd in the sense of trainers/step/optimizer.py."""
-    config = flat(load("siglip_b16").to_dict())
+    config = flatten(load("siglip_b16").to_dict())
     expected = {
         "total": "9e9 examples",
         "input.batch_size": 32_768,

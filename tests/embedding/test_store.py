@@ -216,6 +216,10 @@ def test_an_unfinished_repair_is_not_marked_as_done(tmp_path):
             "preprocessing.res 4 instead of 5",
         ),
         (
+            {"description": {**tiny_embed.DESCRIPTION, "preprocessing": {}}},
+            "preprocessing.res 4 instead of None",
+        ),
+        (
             {"description": {**tiny_embed.DESCRIPTION, "source": ["tiny", "split=x"]}},
             "source tiny instead of tiny split=x",
         ),
@@ -224,7 +228,7 @@ def test_an_unfinished_repair_is_not_marked_as_done(tmp_path):
         ({"dtype": "float16"}, "dtype float32 instead of float16"),
         ({"shard_rows": 21}, "shard_rows 20 instead of 21"),
     ],
-    ids=["params", "preprocessing", "source", "examples", "what", "dtype", "shard_rows"],
+    ids=["params", "preprocessing", "less", "source", "examples", "what", "dtype", "shard_rows"],
 )
 @pytest.mark.parametrize("process_index", [0, 1])
 def test_another_embedding_is_refused_in_the_same_folder(whole, change, message, process_index):

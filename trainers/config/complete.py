@@ -11,13 +11,14 @@ syntax is the same.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from base import values
 from base.errors import UserError
+from base.nested import flatten
 from base.words import listed, nearest, place, show, similar
 from trainers.config import contract
 from trainers.config import file as config_file
@@ -96,9 +97,9 @@ def completed(
         messages = (f"{place(file, leaf(key))}: {_unknown(key, tree)}" for key in unknown)
         raise UserError("; ".join(messages))
     overrides = list(overrides)
-    in_file = set(contract.paths(given))
+    in_file = set(flatten(given))
     given = contract.fill(given, overrides)
-    of_contract = set(contract.paths(given)) - in_file
+    of_contract = set(flatten(given)) - in_file
     tree = settings(given, unknown=[], where=file)
     # 1. Components, so that the other overrides see the keys of the new ones. What was set for
     #    the old component goes: the new one starts from its defaults.
@@ -122,7 +123,7 @@ def completed(
                 },
             )
     tree = settings(given, unknown=[], where=file)
-    for key, setting in leaves(tree):
+    for key, setting in flatten(tree).items():
         if key in of_contract:
             setting.source = "config.contract"
     # 2. All the others.
@@ -139,7 +140,7 @@ def completed(
         if setting.of is None:
             setting.value = values.parse_key(value, setting.annotation, key, f"--config.{key}")
     # 3. What nobody gave.
-    if missing := [key for key, setting in leaves(tree) if setting.value is REQUIRED]:
+    if missing := [key for key, setting in flatten(tree).items() if setting.value is REQUIRED]:
         raise UserError(
             f"{show(file)}: {listed(missing)} must be given: pass "
             + " ".join(f"--config.{key}=..." for key in missing[:3])
@@ -216,15 +217,6 @@ def _find(tree: Mapping[str, Any], path: str) -> Any:
     return node
 
 
-def leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Setting]]:
-    """(path, Setting) of every key."""
-    for name, node in tree.items():
-        if isinstance(node, Setting):
-            yield join(path, name), node
-        else:
-            yield from leaves(node, join(path, name))
-
-
 def _values(tree: dict[str, Any]) -> dict[str, Any]:
     return {
         n: node.value if isinstance(node, Setting) else _values(node) for n, node in tree.items()
@@ -251,7 +243,7 @@ def _unknown(key: str, tree: dict[str, Any], *, flag: bool = False) -> str:
             choice, chosen = join(parent(key), block.choice), siblings[block.choice].value
             chosen = "none was chosen" if chosen is REQUIRED else f"not of {chosen!r}"
             return f"{message}: it is a key of {prefix}{choice}={' or '.join(owners)}, {chosen}"
-    keys = [path for path, _ in leaves(tree)]
+    keys = list(flatten(tree))
     near = [join(parent(key), name) for name in similar(leaf(key), siblings)]
     same_name = [path for path in keys if leaf(path) == leaf(key)]
     near += similar(key, same_name, always=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from base import values
 from base.errors import UserError
+from base.nested import flatten, insert
 from siglip.towers.two_towers import PARTS, TOWERS
 
 INPUT_KEYS = ("res", "token_len", "image", "text")
@@ -40,7 +41,7 @@ def fill(given: Mapping[str, Any], overrides: Iterable[tuple[str, str]]) -> Mapp
         return given.get(key)
 
     source, init = value_of("contract", str | None), value_of("init", str | None)
-    is_set = {*paths(given), *flags}
+    is_set = {*flatten(given), *flags}
     if not isinstance(source, str) or not source or is_set >= set(KEYS):
         return given
     contract = _read(source)
@@ -80,15 +81,6 @@ def _read(source: str) -> Any:
         raise UserError(f"config.contract: {error}") from None
 
 
-def paths(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The paths of all leaves: ['lr', 'model.img.variant', ...]."""
-    names = []
-    for name, value in tree.items():
-        is_block = isinstance(value, Mapping)
-        names += paths(value, f"{prefix}{name}.") if is_block else [f"{prefix}{name}"]
-    return names
-
-
 def _merged(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a nested dict with these leaves set."""
     merged: dict[str, Any] = {
@@ -96,9 +88,5 @@ def _merged(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any
         for name, value in tree.items()
     }
     for path, value in leaves.items():
-        *blocks, name = path.split(".")
-        node = merged
-        for block in blocks:
-            node = node.setdefault(block, {})
-        node[name] = value
+        insert(merged, path, value)
     return merged

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from base import values
-from trainers.config.complete import Setting, leaves
+from base.nested import flatten
+from trainers.config.complete import Setting
 from trainers.config.schema import (
     BLOCKS,
     REQUIRED,
@@ -35,7 +36,7 @@ config of a file, with the place that each value comes from. `*` is a name of yo
 
 def lines(tree: dict[str, Any]) -> Iterator[str]:
     """A line for each key of a completed config: value, type, where it comes from, meaning."""
-    for path, setting in leaves(tree):
+    for path, setting in flatten(tree).items():
         kind = f"one of {', '.join(setting.of)}" if setting.of else type_of(setting.annotation)
         source = setting.source or f"default of {_name(setting.owner)}".removesuffix(" of ")
         meaning = _meaning(path, setting)

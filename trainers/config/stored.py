@@ -5,13 +5,14 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from base import whole_file
 from base.errors import UserError
+from base.nested import flatten
 from base.words import one_line
 from trainers.config import complete
 from trainers.config.schema import FREE, REQUIRED, is_choice, parent
@@ -92,10 +93,10 @@ def differences(config: ConfigDict, workdir: str | os.PathLike) -> list[Differen
     plain = json.loads(json.dumps(config.to_dict()))
     defaults = {
         path: json.loads(json.dumps(setting.default))
-        for path, setting in complete.leaves(complete.settings(plain, unknown=[], where=file))
+        for path, setting in flatten(complete.settings(plain, unknown=[], where=file)).items()
         if setting.default is not REQUIRED
     }
-    here, there = flat(plain), flat(_read_json(file))
+    here, there = flatten(plain), flatten(_read_json(file))
     there = {**{key: defaults[key] for key in here if key in defaults}, **there}
     differing, other_component = [], []
     # Choices before the keys beside them.
@@ -109,17 +110,6 @@ def differences(config: ConfigDict, workdir: str | os.PathLike) -> list[Differen
         shown = [repr(c[key]) if key in c else "absent" for c in (there, here)]
         differing.append(Difference(key, *shown))
     return differing
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a.b': value} of a nested dict."""
-    keys = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            keys.update(flat(value, f"{prefix}{name}."))
-        else:
-            keys[f"{prefix}{name}"] = value
-    return keys
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 
 from base import whole_file
+from base.nested import flatten
 
 Images = UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"]
 
@@ -75,7 +76,11 @@ class MetricsWriter:
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Writes the config for TensorBoard's table of runs; nested keys become 'a.b'."""
         if self._is_main:
-            experiment, start, _ = summary.hparams(_flat(hparams), {})
+            flat = {
+                name: value if isinstance(value, bool | int | float) else str(value)
+                for name, value in flatten(hparams).items()
+            }
+            experiment, start, _ = summary.hparams(flat, {})
             for part in (experiment, start):  # the third would say that the run has ended
                 self._add(0, part)
 
@@ -135,13 +140,3 @@ def _step_of(line: bytes) -> int | None:
 
 def _jsonable(number: float) -> float | str:
     return number if math.isfinite(number) else str(number)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float) else str(value)
-    return flat

@@ -8,10 +8,11 @@ import jax
 from jaxtyping import PyTree
 
 from base.errors import UserError
+from base.nested import insert
 from siglip import checkpoints
 from siglip.checkpoints import adapt, spec
 from siglip.checkpoints.errors import CheckpointError
-from siglip.checkpoints.weights import Weights, compare, insert, stack
+from siglip.checkpoints.weights import Weights, compare, stack
 from siglip.leaf_names import leaves
 from siglip.towers.two_towers import PARTS, TOWERS
 from trainers.setup import Setup
@@ -107,7 +108,7 @@ def _replace(params: PyTree, weights: Weights, scan: bool, only: tuple[str, ...]
         if name in arrays:
             array = arrays[name].read().astype(x.dtype)
             x = jax.make_array_from_callback(x.shape, x.sharding, lambda at, a=array: a[at])
-        insert(tree, name, x)
+        insert(tree, name, x, "/")
     return tree
 
 

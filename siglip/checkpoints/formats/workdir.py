@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from base.nested import insert
 from siglip.checkpoints import spec
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files import orbax_tree
 from siglip.checkpoints.files.lazy_array import of_array
 from siglip.checkpoints.spec import Spec
-from siglip.checkpoints.weights import Weights, insert, unstack
+from siglip.checkpoints.weights import Weights, unstack
 from siglip.towers.two_towers import PARTS
 
 FOLDER = "checkpoints"  # in the workdir
@@ -126,6 +127,6 @@ def _read_arrays(step: pathlib.Path) -> tuple[dict[str, np.ndarray], tuple[str, 
     tree: dict[str, Any] = {}
     for name, leaf in saved.items():
         if is_in_subtrees(name, PARTS):
-            insert(tree, name, leaf)
+            insert(tree, name, leaf, "/")
     arrays = orbax_tree.leaves(orbax_tree.to_host(step, tree).get("params", {}) if tree else {})
     return {n: np.asarray(a) for n, a in arrays.items()}, left_out(step, saved, PARTS)

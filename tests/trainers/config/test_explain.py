@@ -6,6 +6,7 @@ import re
 import pytest
 
 import main as program
+from base.nested import flatten
 from programs import config_page
 from trainers.config import complete, explain, schema, stored
 
@@ -23,7 +24,7 @@ def test_every_key_is_shown_with_value_type_source_and_meaning(capsys):
         capsys, f"--config={QUICKSTART}", "--config.lr=0.5", "--config.optimizer.name=lion"
     )
     config = complete.load(QUICKSTART, [("lr", "0.5"), ("optimizer.name", "lion")])
-    values = stored.flat(config.to_dict())
+    values = flatten(config.to_dict())
     assert set(keys) == {key for key, value in values.items() if value != {}}
     for key, line in keys.items():
         assert line.startswith(f"{values[key]!r}  # "), line

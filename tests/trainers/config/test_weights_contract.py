@@ -7,6 +7,7 @@ import pytest
 from tiny_models import tiny
 
 from base.errors import UserError
+from base.nested import flatten
 from siglip import checkpoints
 from trainers.config import complete, stored
 
@@ -136,7 +137,7 @@ def test_show_config_tells_what_comes_from_the_weights(weights):
     load(weights)
     file = weights.parent / "config.py"
     tree = complete.load_settings(str(file), [("input.res", "32")])
-    sources = {key: setting.source for key, setting in complete.leaves(tree)}
+    sources = {key: setting.source for key, setting in flatten(tree).items()}
     assert sources["input.token_len"] == sources["model.img.variant"] == "config.contract"
     assert sources["input.res"] == "--config.input.res"
     assert "config.py" in sources["model.dtype"]
