@@ -45,10 +45,11 @@ def test_a_bug_keeps_its_traceback():
         command_line.run(main)
 
 
-def test_a_reader_that_has_gone_is_one_line():
+@pytest.mark.parametrize("options", ["", "mistakes=(OSError,)", "failures=(OSError,)"])
+def test_a_reader_that_has_gone_is_one_line(options):
     code = (
         "import sys; from base import command_line\n"
-        "sys.exit(command_line.run(lambda: print('x' * 100_000)))"
+        f"sys.exit(command_line.run(lambda: print('x' * 100_000), {options}))"
     )
     shell = f'{sys.executable} -c "$CODE" | true; echo ${{PIPESTATUS[0]}}'
     done = subprocess.run(
