@@ -1,8 +1,6 @@
 """Resizes are the libraries' own to the bit, crops are the rectangles they say."""
 
 import hashlib
-import subprocess
-import sys
 
 import cv2
 import numpy as np
@@ -47,15 +45,6 @@ def test_methods_are_what_they_are_named_after(size):
     assert set(resize.METHODS) == {*expected, "bilinear-exact"}
     for name, there in expected.items():
         np.testing.assert_array_equal(resize.METHODS[name](image, *size), np.asarray(there))
-
-
-def test_importing_siglip_leaves_opencv_s_threads_to_the_user():
-    code = (
-        "import cv2; cv2.setNumThreads(3); import siglip, siglip.library\n"
-        "from input_pipeline.transforms import preprocess, resize\n"
-        "assert cv2.getNumThreads() == 3, cv2.getNumThreads()"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 @pytest.mark.parametrize(
