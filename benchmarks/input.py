@@ -26,7 +26,7 @@ from typing import Any
 
 from base import command_line
 from base.errors import UserError
-from benchmarks.input_case import Job, System, systems
+from benchmarks.input_case import InputJob, InputSystem, systems
 from benchmarks.train import HIDDEN, built_in
 from benchmarks.train_case import MODELS
 from benchmarks.train_others import Others
@@ -120,7 +120,7 @@ def run(flags: argparse.Namespace, argv: list[str]) -> int:
 def _pipelines(flags: argparse.Namespace, folder: pathlib.Path, platform: str) -> dict[str, Any]:
     del platform  # the accelerator has no part in it
     batch, repeat = flags.batch or BATCH, flags.repeat or 2
-    bench = Bench(folder, batch, flags.threads)
+    bench = InputBench(folder, batch, flags.threads)
     try:
         for system in systems(flags.peer == "all"):
             bench.prepare(system, _interpreters(flags, system), flags.peer_import)
@@ -178,7 +178,7 @@ def _folder(data: str | None) -> Iterator[pathlib.Path]:
             yield pathlib.Path(folder)
 
 
-def _interpreters(flags: argparse.Namespace, system: System) -> list[str]:
+def _interpreters(flags: argparse.Namespace, system: InputSystem) -> list[str]:
     """The interpreters that may have the system, in the order in which they are tried."""
     if not system.foreign:
         return [sys.executable]
@@ -205,7 +205,7 @@ def say(text: str) -> None:
     print(f"[input] {text}", flush=True)
 
 
-class Bench:
+class InputBench:
     """A worker for each system, and their answers."""
 
     def __init__(self, folder: pathlib.Path, batch: int, threads: int):
@@ -213,11 +213,13 @@ class Bench:
         self.records: list[dict[str, Any]] = []
         self.workers: dict[str, Any] = {}
 
-    def prepare(self, system: System, pythons: list[str], import_first: str) -> None:
+    def prepare(self, system: InputSystem, pythons: list[str], import_first: str) -> None:
         """Starts the system in the first interpreter that has it."""
         from benchmarks.loss_worker import Failed, Worker
 
-        job: Any = Job(system.options, str(self.folder), self.batch, self.threads, import_first)
+        job: Any = InputJob(
+            system.options, str(self.folder), self.batch, self.threads, import_first
+        )
         record: dict[str, Any] = {"name": system.name, "group": system.group}
         self.records.append(record)
         reasons = []

@@ -16,7 +16,7 @@ GROUPS = (FORMATS, PRESETS, BARE, PEERS)
 
 
 @dataclasses.dataclass(frozen=True)
-class System:
+class InputSystem:
     """A way from JPEGs to pixels.
 
     Attributes:
@@ -34,11 +34,11 @@ class System:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class InputJob:
     """The job of a worker, which gets it as JSON.
 
     Attributes:
-      options: of the System.
+      options: of the InputSystem.
       folder: of the data that input_formats.prepare wrote.
       batch: images of a batch.
       threads: of the loader, or of a peer.
@@ -87,21 +87,23 @@ EXPLAINED = {
 }
 
 
-def systems(peers: bool) -> list[System]:
+def systems(peers: bool) -> list[InputSystem]:
     """All systems, in the order of the tables; with `peers` the other projects'."""
     ours, theirs = "benchmarks.input_worker", "benchmarks.input_peers"
-    listed = [System(name, FORMATS, ours, {"source": name, "image": FAST}) for name in SOURCES]
-    listed += [System(image, PRESETS, ours, {"source": "", "image": image}) for image in IMAGES]
+    listed = [InputSystem(name, FORMATS, ours, {"source": name, "image": FAST}) for name in SOURCES]
     listed += [
-        System(DECODE, BARE, ours, {"resize": False}),
-        System("simplejpeg + cv2", BARE, ours, {"resize": True}),
-        System(PIL, PEERS, theirs, {"peer": "pil"}),
+        InputSystem(image, PRESETS, ours, {"source": "", "image": image}) for image in IMAGES
+    ]
+    listed += [
+        InputSystem(DECODE, BARE, ours, {"resize": False}),
+        InputSystem("simplejpeg + cv2", BARE, ours, {"resize": True}),
+        InputSystem(PIL, PEERS, theirs, {"peer": "pil"}),
     ]
     if peers:
         listed += [
-            System("open_clip, uint8", PEERS, theirs, {"peer": "open_clip_uint8"}, True),
-            System("open_clip", PEERS, theirs, {"peer": "open_clip"}, True),
-            System("webdataset + PIL", PEERS, theirs, {"peer": "webdataset"}, True),
-            System("tf.data", PEERS, theirs, {"peer": "tf_data"}, True),
+            InputSystem("open_clip, uint8", PEERS, theirs, {"peer": "open_clip_uint8"}, True),
+            InputSystem("open_clip", PEERS, theirs, {"peer": "open_clip"}, True),
+            InputSystem("webdataset + PIL", PEERS, theirs, {"peer": "webdataset"}, True),
+            InputSystem("tf.data", PEERS, theirs, {"peer": "tf_data"}, True),
         ]
     return listed

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from benchmarks.input_case import CHUNK, RES, Job
+from benchmarks.input_case import CHUNK, RES, InputJob
 from benchmarks.loss_worker import Failed, serve
 
 MODULES = ("PIL", "open_clip", "torch", "torchvision", "webdataset", "tensorflow")
@@ -36,7 +36,7 @@ def seconds_per_image(images: int, work: Callable[[], Any]) -> list[float]:
 class Threads:
     """Prepares images by threads, in chunks: `transform` prepares one, `stack` joins a chunk."""
 
-    def __init__(self, job: Job, transform: Callable[[bytes], Any], stack: Callable):
+    def __init__(self, job: InputJob, transform: Callable[[bytes], Any], stack: Callable):
         self._transform, self._stack, self._batch = transform, stack, job.batch
         self._pool = concurrent.futures.ThreadPoolExecutor(job.threads)
         self.images: Iterator[bytes] = iter(())  # endless
@@ -61,7 +61,7 @@ def _chunks(images: Iterable[bytes]) -> Iterator[list[bytes]]:
         yield chunk
 
 
-def pil(job: Job) -> Threads:
+def pil(job: InputJob) -> Threads:
     """The steps of image_transform of open_clip's SigLIP models, up to the array."""
     import numpy as np
     from PIL import Image
@@ -75,17 +75,17 @@ def pil(job: Job) -> Threads:
     return peer
 
 
-def open_clip(job: Job) -> Threads:
+def open_clip(job: InputJob) -> Threads:
     """open_clip's transform as it is: normalised float32."""
     return _open_clip(job, to_uint8=False)
 
 
-def open_clip_uint8(job: Job) -> Threads:
+def open_clip_uint8(job: InputJob) -> Threads:
     """open_clip's transform without its last two steps, ToTensor and Normalize."""
     return _open_clip(job, to_uint8=True)
 
 
-def _open_clip(job: Job, to_uint8: bool) -> Threads:
+def _open_clip(job: InputJob, to_uint8: bool) -> Threads:
     if job.import_first:
         importlib.import_module(job.import_first)
     import numpy as np
@@ -113,7 +113,7 @@ def _open_clip(job: Job, to_uint8: bool) -> Threads:
     return peer
 
 
-def webdataset(job: Job) -> Threads:
+def webdataset(job: InputJob) -> Threads:
     import webdataset as wds
 
     peer = pil(job)
@@ -126,7 +126,7 @@ def webdataset(job: Job) -> Threads:
 class TfData:
     """Reads TFRecord files, decoded and resized by TensorFlow's own threads."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: InputJob):
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         import tensorflow as tf
 
@@ -172,11 +172,11 @@ class TfData:
         part.replace(self._file)
 
 
-def _read(job: Job) -> list[bytes]:
+def _read(job: InputJob) -> list[bytes]:
     return [path.read_bytes() for path in sorted(pathlib.Path(job.folder, "files").glob("*.jpg"))]
 
 
-PEERS: dict[str, Callable[[Job], Threads | TfData]] = {
+PEERS: dict[str, Callable[[InputJob], Threads | TfData]] = {
     "pil": pil,
     "open_clip": open_clip,
     "open_clip_uint8": open_clip_uint8,
@@ -185,7 +185,7 @@ PEERS: dict[str, Callable[[Job], Threads | TfData]] = {
 }
 
 
-def make(job: Job) -> Threads | TfData:
+def make(job: InputJob) -> Threads | TfData:
     try:
         return PEERS[job.options["peer"]](job)
     except ImportError as error:
@@ -202,7 +202,7 @@ if __name__ == "__main__":
     peers: list[Threads | TfData] = []
 
     def prepare() -> dict[str, Any]:
-        peers.append(make(Job(**json.loads(sys.argv[1]))))
+        peers.append(make(InputJob(**json.loads(sys.argv[1]))))
         peers[0].measure(1)
         return {"versions": versions()}
 

@@ -13,9 +13,9 @@ import time
 from typing import Any
 
 from benchmarks.input_case import FAST
-from benchmarks.input_worker import Clock, CountingPreprocess, open_source
+from benchmarks.input_worker import CountingPreprocess, CpuClock, open_source
 from benchmarks.loss_worker import Failed, serve
-from benchmarks.train_case import Case
+from benchmarks.train_case import TrainCase
 from benchmarks.train_ours import Ours
 from input_pipeline.loader import train_batches
 from input_pipeline.transforms.preprocess import make_preprocess
@@ -30,7 +30,7 @@ WARM_UP = 3  # steps of compilation
 
 @dataclasses.dataclass(frozen=True)
 class StepJob:
-    """The job of this worker: a train_case.Case as a dict, the data, and the loader's threads."""
+    """The job of this worker: a TrainCase as a dict, the data, and the loader's threads."""
 
     case: dict[str, Any]
     folder: str
@@ -41,7 +41,7 @@ class StepBenchmark:
     """The training step of a case, on a batch in memory and on batches from files."""
 
     def __init__(self, job: StepJob):
-        self.case, self._threads = Case(**job.case), job.threads
+        self.case, self._threads = TrainCase(**job.case), job.threads
         self._ours, self._round, self._step = Ours(self.case), 0, 0
         self._source = open_source(pathlib.Path(job.folder), SOURCE)
         self._preprocess = make_preprocess(
@@ -113,7 +113,7 @@ class StepBenchmark:
         counted, images = CountingPreprocess(self._preprocess), max(256, self.case.batch)
         with self._stream(counted) as stream:
             next(stream)
-            clock, before = Clock(), counted.rows
+            clock, before = CpuClock(), counted.rows
             while counted.rows < before + images:
                 next(stream)
             _, wall = clock.per(counted.rows - before)

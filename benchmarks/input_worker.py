@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from benchmarks.input_case import PATHS, RES, SOURCES, TOKEN_LEN, Job
+from benchmarks.input_case import PATHS, RES, SOURCES, TOKEN_LEN, InputJob
 from benchmarks.loss_worker import Failed, serve
 from input_pipeline.loader import Batches, train_batches
 from input_pipeline.sources.in_memory import Memory
@@ -25,7 +25,7 @@ from input_pipeline.transforms.tokenizer import Bytes
 from trainers.machine.host_memory import keep_freed_memory
 
 
-class Clock:
+class CpuClock:
     """Measures CPU seconds of this process, all its threads included, and seconds."""
 
     def __init__(self):
@@ -58,7 +58,7 @@ class CountingPreprocess:
 class Loader:
     """The whole way: read, decode, resize, tokenize, batch, by input_pipeline.loader."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: InputJob):
         keep_freed_memory()  # as main.py does
         self._batch, self._threads, self._step = job.batch, job.threads, 0
         self._source = open_source(pathlib.Path(job.folder), job.options["source"])
@@ -81,7 +81,7 @@ class Loader:
         counted = CountingPreprocess(self._preprocess)
         with self.stream(counted) as stream:
             self._next(stream)
-            clock, before = Clock(), counted.rows
+            clock, before = CpuClock(), counted.rows
             while counted.rows < before + batches * self._batch:
                 self._next(stream)
             seconds = clock.per(counted.rows - before)
@@ -98,7 +98,7 @@ class Loader:
 class Bare:
     """The bare decoder: one thread in a loop, from memory."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: InputJob):
         keep_freed_memory()
         self._images, self._batch = read_images(pathlib.Path(job.folder)), job.batch
         self._resize = job.options["resize"]
@@ -106,7 +106,7 @@ class Bare:
         cv2.setNumThreads(0)
 
     def measure(self, batches: int) -> list[float]:
-        count, clock = batches * self._batch, Clock()
+        count, clock = batches * self._batch, CpuClock()
         for i in range(self._at, self._at + count):
             pixels = simplejpeg.decode_jpeg(self._images[i % len(self._images)], "RGB")
             if self._resize:
@@ -152,7 +152,7 @@ if __name__ == "__main__":
     systems: list[Loader | Bare] = []
 
     def prepare() -> dict[str, Any]:
-        job = Job(**json.loads(sys.argv[1]))
+        job = InputJob(**json.loads(sys.argv[1]))
         systems.append(Bare(job) if "resize" in job.options else Loader(job))
         systems[0].measure(1)
         return {}

@@ -21,7 +21,7 @@ from typing import Any
 
 from base import command_line
 from base.errors import UserError
-from benchmarks.loss_case import Case, parse, write_inputs, write_reference
+from benchmarks.loss_case import LossCase, parse, write_inputs, write_reference
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 REFERENCE_LIMIT_S = 120.0
@@ -81,7 +81,7 @@ def run(flags: argparse.Namespace, argv: list[str]) -> int:
     for number, case in enumerate(cases, 1):
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="loss_benchmark_"))
-            bench = Bench(
+            bench = LossBench(
                 case, platform, pathlib.Path(folder), f"case {number}/{len(cases)} {case}"
             )
             stack.callback(bench.close)
@@ -112,7 +112,7 @@ def shown(argv: list[str]) -> str:
     return shlex.join(words)
 
 
-def plan(flags: argparse.Namespace, platform: str) -> tuple[list[Case], list[Any]]:
+def plan(flags: argparse.Namespace, platform: str) -> tuple[list[LossCase], list[Any]]:
     """The cases and the systems of this run."""
     from benchmarks import loss_systems
 
@@ -134,10 +134,10 @@ def plan(flags: argparse.Namespace, platform: str) -> tuple[list[Case], list[Any
     return cases, loss_systems.choose(names, platform)
 
 
-class Bench:
+class LossBench:
     """One case: its inputs, a worker for each system, and their answers."""
 
-    def __init__(self, case: Case, platform: str, folder: pathlib.Path, label: str):
+    def __init__(self, case: LossCase, platform: str, folder: pathlib.Path, label: str):
         self.case, self.platform, self.folder, self.label = case, platform, folder, label
         self.records: list[dict[str, Any]] = []
         self.workers: dict[str, Any] = {}

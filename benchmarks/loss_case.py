@@ -24,7 +24,7 @@ GRADIENTS = ("zimg", "ztxt", "t", "b")
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class LossCase:
     """D devices with n pairs of width d each; `dtype` is that of embeddings and gradients."""
 
     devices: int
@@ -41,16 +41,16 @@ class Case:
         return self.devices * self.n
 
 
-def parse(text: str, dtype: str) -> Case:
+def parse(text: str, dtype: str) -> LossCase:
     """'4x1024x512': devices, pairs on each, width."""
     match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
     sizes = [int(size) for size in match.groups()] if match else [0]
     if min(sizes) < 1:
         raise UserError(f"--cases: {text!r} is not DEVICESxPAIRSxWIDTH, such as 4x1024x512")
-    return Case(*sizes, dtype=dtype)
+    return LossCase(*sizes, dtype=dtype)
 
 
-def write_inputs(case: Case, folder: pathlib.Path, seed: int = 0) -> None:
+def write_inputs(case: LossCase, folder: pathlib.Path, seed: int = 0) -> None:
     """zimg.npy and ztxt.npy: float32 [N, d] in `folder`, unit rows that `case.dtype` can hold."""
     rng = np.random.default_rng(seed)
     step = max(1, 2**24 // case.d)
@@ -86,7 +86,7 @@ def round_to(x: np.ndarray, dtype: str) -> np.ndarray:
     return bits.view(np.float32)
 
 
-def write_reference(case: Case, folder: pathlib.Path, limit_s: float) -> str:
+def write_reference(case: LossCase, folder: pathlib.Path, limit_s: float) -> str:
     """The loss and its gradients of the inputs in `folder`, in float64 by blocks of rows.
 
     They become `reference_<name>.npy` in `folder`. The definition is siglip.losses.sigmoid_loss.

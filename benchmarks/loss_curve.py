@@ -10,7 +10,7 @@ import pathlib
 import tempfile
 from typing import Any
 
-from benchmarks.loss_case import Case, write_inputs
+from benchmarks.loss_case import LossCase, write_inputs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NUMBERS = ROOT / "benchmarks" / "results" / "loss_memory_curve.json"
@@ -43,7 +43,7 @@ def run(peer_python: str, command: str) -> int:
     peers = loss_systems.probe_peers(peer_python)
     lines = jax_lines()
     peer = loss_systems.choose("open_clip-bidir", "cpu")[0]
-    reason = loss_systems.why_not(peer, Case(1, N, WIDTH), "cpu", peers)
+    reason = loss_systems.why_not(peer, LossCase(1, N, WIDTH), "cpu", peers)
     if reason:
         print(f"left out, {peer.name}: {reason}", flush=True)
     else:
@@ -87,7 +87,7 @@ def peer_line(system: Any, peer_python: str) -> dict[int, int]:
 
     line: dict[int, int] = {}
     for count in PEER_DEVICES:
-        case = Case(count, N, WIDTH)
+        case = LossCase(count, N, WIDTH)
         with tempfile.TemporaryDirectory(prefix="loss_curve_") as folder:
             write_inputs(case, pathlib.Path(folder))
             worker = system.start(case, "cpu", folder, peer_python)

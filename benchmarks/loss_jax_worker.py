@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import loss_case as cases
-from benchmarks.loss_worker import Job, serve, timed
+from benchmarks.loss_worker import LossJob, serve, timed
 
 
-def environment(job: Job) -> dict[str, str]:
+def environment(job: LossJob) -> dict[str, str]:
     """Environment variables that must be set before JAX starts."""
     if job.platform != "cpu":
         # Several systems share the accelerator: none may take its memory in advance.
@@ -25,7 +25,7 @@ def environment(job: Job) -> dict[str, str]:
 
 
 class JaxSystem:
-    def __init__(self, job: Job):
+    def __init__(self, job: LossJob):
         import jax
         import jax.numpy as jnp
 
@@ -85,7 +85,7 @@ class JaxSystem:
 
 def main(argument: str) -> None:
     system: list[JaxSystem] = []
-    job = Job(**json.loads(argument))
+    job = LossJob(**json.loads(argument))
 
     def prepare() -> dict:
         system.append(JaxSystem(job))

@@ -10,14 +10,14 @@ from typing import Any
 
 from base.errors import UserError
 from benchmarks import loss_jax, loss_jax_worker, loss_torch, loss_torch_worker
-from benchmarks.loss_case import Case
-from benchmarks.loss_worker import ROOT, Job, Worker
+from benchmarks.loss_case import LossCase
+from benchmarks.loss_worker import ROOT, LossJob, Worker
 
 BASE = "ours-ring"  # the system that ratios of the others are to
 
 
 @dataclasses.dataclass(frozen=True)
-class System:
+class LossSystem:
     """A way to compute the loss: `options` choose it in the worker, which is "jax" or "torch"."""
 
     name: str
@@ -27,8 +27,8 @@ class System:
     gpu_only: bool = False
     several_devices: bool = False  # on one device it is the same as another one of the list
 
-    def start(self, case: Case, platform: str, folder: str, peer_python: str) -> Worker:
-        job = Job(self.options, case.devices, case.n, case.d, case.dtype, platform, folder)
+    def start(self, case: LossCase, platform: str, folder: str, peer_python: str) -> Worker:
+        job = LossJob(self.options, case.devices, case.n, case.d, case.dtype, platform, folder)
         if self.worker == "jax":
             env = loss_jax_worker.environment(job)
             return Worker(sys.executable, "benchmarks.loss_jax_worker", job, env)
@@ -36,12 +36,12 @@ class System:
         return Worker(peer_python, "benchmarks.loss_torch_worker", job, env)
 
 
-def every() -> list[System]:
+def every() -> list[LossSystem]:
     """All systems, ours first."""
-    ours = [System(BASE, "this project: one tour of the ring", "jax", {"form": "ours"})]
+    ours = [LossSystem(BASE, "this project: one tour of the ring", "jax", {"form": "ours"})]
     if loss_jax.has_exchanges():
         ours = [
-            System(
+            LossSystem(
                 f"ours-{exchange}",
                 f"this project: {what}",
                 "jax",
@@ -55,15 +55,15 @@ def every() -> list[System]:
             }.items()
         ]
     naive = [
-        System("naive-xla", "JAX: the definition, sharded by XLA", "jax", {"form": "xla-full"}),
-        System(
+        LossSystem("naive-xla", "JAX: the definition, sharded by XLA", "jax", {"form": "xla-full"}),
+        LossSystem(
             "naive-gather",
             "JAX: texts gathered, differentiated by autodiff",
             "jax",
             {"form": "all-gather"},
             several_devices=True,
         ),
-        System(
+        LossSystem(
             "naive-ring",
             "JAX: a ring in a scan, differentiated by autodiff",
             "jax",
@@ -72,7 +72,7 @@ def every() -> list[System]:
         ),
     ]
     open_clip = [
-        System(
+        LossSystem(
             f"open_clip-{dist_impl}",
             f"open_clip's SigLipLoss, {dist_impl}{' (its default)' * (dist_impl == 'bidir')}",
             "torch",
@@ -81,14 +81,14 @@ def every() -> list[System]:
         )
         for dist_impl in ("bidir", "shift", "gather", "reduce")
     ]
-    chunked = System(
+    chunked = LossSystem(
         "open_clip-chunked",
         "open_clip's SigLipLoss, bidir, chunk_size=128",
         "torch",
         {"peer": "open_clip", "dist_impl": "bidir", "chunk_size": 128},
     )
     kernels = [
-        System(peer + name, what, "torch", {"peer": peer, **options}, gpu_only=True)
+        LossSystem(peer + name, what, "torch", {"peer": peer, **options}, gpu_only=True)
         for peer, name, what, options in (
             ("siglip-kernel", "", "siglip-kernel, its default", {}),
             ("siglip-kernel", "-small", "siglip-kernel, chunk_size=1024", {"chunk_size": 1024}),
@@ -96,11 +96,13 @@ def every() -> list[System]:
             ("inf-cl", "", "Inf-CL: the softmax loss, both directions", {}),
         )
     ]
-    matmuls = System("matmuls", "three bare matmuls of the same shapes", "jax", {"form": "matmuls"})
+    matmuls = LossSystem(
+        "matmuls", "three bare matmuls of the same shapes", "jax", {"form": "matmuls"}
+    )
     return [*ours, *naive, *open_clip, chunked, *kernels, matmuls]
 
 
-def choose(names: str, platform: str) -> list[System]:
+def choose(names: str, platform: str) -> list[LossSystem]:
     """The systems that `names` lists, comma-separated: a name, or the part of names before a "-".
 
     "" lists all, but on CPUs without the bare matmuls, which are no limit there.
@@ -108,7 +110,7 @@ def choose(names: str, platform: str) -> list[System]:
     systems = every()
     if not names:
         return [s for s in systems if platform != "cpu" or s.name != "matmuls"]
-    chosen: list[System] = []
+    chosen: list[LossSystem] = []
     for name in names.split(","):
         matches = [s for s in systems if s.name == name or s.name.startswith(f"{name}-")]
         if not matches:
@@ -140,7 +142,7 @@ def probe_peers(peer_python: str) -> dict[str, Any]:
     return json.loads(probe.stdout.strip().splitlines()[-1])
 
 
-def why_not(system: System, case: Case, platform: str, peers: dict[str, Any]) -> str:
+def why_not(system: LossSystem, case: LossCase, platform: str, peers: dict[str, Any]) -> str:
     """Why this system cannot run this case here, in one line; "" where it can."""
     if system.several_devices and case.devices == 1:
         return "on one device the same as another row"
@@ -168,5 +170,5 @@ def default_peer_python() -> str:
     return os.environ.get("SIGLIP_PEER_PYTHON") or sys.executable
 
 
-def names(systems: Iterable[System]) -> str:
+def names(systems: Iterable[LossSystem]) -> str:
     return ", ".join(system.name for system in systems)

@@ -22,13 +22,13 @@ import numpy as np
 
 from benchmarks import loss_case as cases
 from benchmarks import loss_torch
-from benchmarks.loss_worker import Failed, Job, serve, why
+from benchmarks.loss_worker import Failed, LossJob, serve, why
 
 
 class Rank:
     """One device's process: its rows, its loss, its gradients."""
 
-    def __init__(self, job: Job, rank: int, meeting: str):
+    def __init__(self, job: LossJob, rank: int, meeting: str):
         import torch
 
         self.torch, self.job, self.rank = torch, job, rank
@@ -124,7 +124,7 @@ class Rank:
             self.torch.cuda.synchronize()
 
 
-def run_rank(job: Job, rank: int, meeting: str, pipe) -> None:
+def run_rank(job: LossJob, rank: int, meeting: str, pipe) -> None:
     """Answers commands from `pipe` until it closes."""
     ranks: list[Rank] = []
     while True:
@@ -144,7 +144,7 @@ def run_rank(job: Job, rank: int, meeting: str, pipe) -> None:
 class Leader:
     """Starts the ranks, sends commands to all of them and combines their answers."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: LossJob):
         self.job = job
         self.pipes = []
         # A server imports PyTorch once and forks the ranks; it has neither threads nor a GPU open.
@@ -200,7 +200,7 @@ class Leader:
         ]
 
 
-def environment(job: Job) -> dict[str, str]:
+def environment(job: LossJob) -> dict[str, str]:
     if job.platform == "cpu":
         # All processes are on this machine, whatever name and address it has.
         return {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
@@ -215,7 +215,7 @@ def main(argument: str) -> None:
     if argument == "--probe":
         print(json.dumps(loss_torch.probe()))
         return
-    leader = Leader(Job(**json.loads(argument)))
+    leader = Leader(LossJob(**json.loads(argument)))
     serve(leader.prepare, leader.measure)
 
 

@@ -30,7 +30,7 @@ class Failed(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class LossJob:
     """The job of a worker, which gets it as JSON on its command line.
 
     `options` choose one of the worker's systems. `platform` is "cpu" or "gpu". `folder` has
@@ -81,7 +81,7 @@ def why(error: BaseException) -> str:
 class Worker:
     """The benchmark's end of one worker process."""
 
-    def __init__(self, python: str, module: str, job: Job, env: dict[str, str]):
+    def __init__(self, python: str, module: str, job: LossJob, env: dict[str, str]):
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 close() closes it
         self._process = subprocess.Popen(
             [python, "-m", module, json.dumps(dataclasses.asdict(job))],

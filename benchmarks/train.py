@@ -21,7 +21,7 @@ from typing import Any
 
 from base import command_line
 from base.errors import UserError
-from benchmarks.train_case import MODELS, TOKEN_LEN, VOCAB_SIZE, Case, step_flops
+from benchmarks.train_case import MODELS, TOKEN_LEN, VOCAB_SIZE, TrainCase, step_flops
 from benchmarks.train_others import Others
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -75,7 +75,7 @@ def run(flags: argparse.Namespace, overrides: list[tuple[str, str]], argv: list[
         precision = flags.precision or ("float32" if platform == "cpu" else "bfloat16")
         case = built_in(flags.model or "small", flags.batch, precision)
     print(f"{machine.one_line(host)}\n{case.title}: {step_flops(case) / 1e9:,.1f} GFLOP a step")
-    bench, others = Bench(case), Others()
+    bench, others = TrainBench(case), Others()
     try:
         bench.prepare(flags, platform)
         bench.measure(flags.rounds, flags.repeat)
@@ -105,7 +105,7 @@ def run(flags: argparse.Namespace, overrides: list[tuple[str, str]], argv: list[
     return 0
 
 
-def built_in(name: str, batch: int | None, precision: str) -> Case:
+def built_in(name: str, batch: int | None, precision: str) -> TrainCase:
     blocks, res, default_batch = MODELS[name]
     txt = {**blocks["txt"], "vocab_size": VOCAB_SIZE}
     model = {"img": blocks["img"], "txt": txt, "dtype": precision}
@@ -115,7 +115,7 @@ def built_in(name: str, batch: int | None, precision: str) -> Case:
 
 def from_config(
     flag: str, overrides: list[tuple[str, str]], batch: int | None, precision: str | None
-) -> Case:
+) -> TrainCase:
     """The towers, resolution, text length and (by default) batch and precision of a config."""
     from input_pipeline.transforms.tokenizer import TOKENIZERS
     from trainers.config import complete
@@ -138,7 +138,7 @@ def from_config(
 
 def make_case(
     name: str, model: dict[str, Any], batch: int, res: int, token_len: int, precision: str
-) -> Case:
+) -> TrainCase:
     """Raises UserError for sizes that fit no tower or no device."""
     import jax
 
@@ -160,7 +160,7 @@ def make_case(
     )
     if res % img["patch_size"]:
         raise UserError(f"{res} px do not divide into patches of {img['patch_size']}")
-    return Case(name, model, img, txt, batch, res, token_len, precision)
+    return TrainCase(name, model, img, txt, batch, res, token_len, precision)
 
 
 def shown(argv: list[str]) -> str:
@@ -175,10 +175,10 @@ def shown(argv: list[str]) -> str:
     return shlex.join(words)
 
 
-class Bench:
+class TrainBench:
     """A worker for each system, and their answers; records[0] is ours."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: TrainCase):
         self.case = case
         self.records: list[dict[str, Any]] = []
         self.workers: dict[str, Any] = {}
@@ -199,7 +199,9 @@ class Bench:
         elif self.records[0].get("devices", 1) > 1:
             reason = "its worker uses one device, and there are several"
         for compiled in (False, True):
-            job = train_open_clip.Job(dataclasses.asdict(self.case), compiled, flags.peer_import)
+            job = train_open_clip.TrainJob(
+                dataclasses.asdict(self.case), compiled, flags.peer_import
+            )
             self._prepare(
                 f"open_clip {'compiled' if compiled else 'eager'}",
                 lambda job=job: Worker(python, "benchmarks.train_open_clip", job, {}),

@@ -19,7 +19,7 @@ TOKEN_LEN, VOCAB_SIZE = 64, 32_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class TrainCase:
     """One training step; it travels to the workers as JSON.
 
     Attributes:
@@ -48,7 +48,7 @@ class Case:
         return f"{self}, {self.res} px, {self.token_len} tokens"
 
 
-def forward_flops(case: Case) -> tuple[int, int]:
+def forward_flops(case: TrainCase) -> tuple[int, int]:
     """FLOPs of one image and of one text through their towers, 2 per multiply-add of a matmul.
 
     Element-wise work, the token table and the loss are not counted, as in open_clip's profiles.
@@ -64,7 +64,7 @@ def forward_flops(case: Case) -> tuple[int, int]:
     return image, text
 
 
-def step_flops(case: Case) -> int:
+def step_flops(case: TrainCase) -> int:
     """FLOPs of a training step: the backward pass costs two forward ones; nothing is recomputed."""
     return 3 * case.batch * sum(forward_flops(case))
 

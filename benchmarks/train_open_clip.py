@@ -21,7 +21,7 @@ import warnings
 from typing import Any
 
 from benchmarks.loss_worker import Failed, serve
-from benchmarks.train_case import Case
+from benchmarks.train_case import TrainCase
 from benchmarks.train_memory import host_peak_bytes, reset_host_peak
 
 TRUNK = "benchmark_vit"  # the name under which timm learns the sizes of the image tower
@@ -30,13 +30,13 @@ PARTS = ("transfer", "forward", "loss", "backward", "update")
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class TrainJob:
     case: dict[str, Any]
     compiled: bool
     import_first: str
 
 
-def why_not(case: Case) -> str:
+def why_not(case: TrainCase) -> str:
     """The reason why open_clip has no such towers; "" if it has them."""
     img, txt = case.img, case.txt
     for wrong, reason in (
@@ -53,7 +53,7 @@ def why_not(case: Case) -> str:
 
 
 class OpenClip:
-    def __init__(self, case: Case, compiled: bool, import_first: str):
+    def __init__(self, case: TrainCase, compiled: bool, import_first: str):
         if import_first:
             importlib.import_module(import_first)
         try:
@@ -166,7 +166,7 @@ class OpenClip:
             self.torch.cuda.synchronize()
 
 
-def make_model(case: Case):
+def make_model(case: TrainCase):
     """open_clip's CustomTextCLIP with these towers, otherwise as in its ViT-B-16-SigLIP2.json.
 
     timm makes models by name, so the sizes of the image tower get one first. GELU is the tanh form,
@@ -230,8 +230,8 @@ if __name__ == "__main__":
     peers: list[OpenClip] = []
 
     def prepare() -> dict[str, Any]:
-        job = Job(**json.loads(sys.argv[1]))
-        peers.append(OpenClip(Case(**job.case), job.compiled, job.import_first))
+        job = TrainJob(**json.loads(sys.argv[1]))
+        peers.append(OpenClip(TrainCase(**job.case), job.compiled, job.import_first))
         return peers[0].prepare()
 
     serve(prepare, lambda steps: peers[0].measure(steps))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.loss_worker import serve
-from benchmarks.train_case import Case
+from benchmarks.train_case import TrainCase
 from benchmarks.train_memory import host_peak_bytes, reset_host_peak
 
 # A run's settings; open_clip's worker has the same optimizer.
@@ -32,7 +32,7 @@ WARM_UP = 3  # steps, for compilation and allocations
 
 
 class Ours:
-    def __init__(self, case: Case):
+    def __init__(self, case: TrainCase):
         import jax
         from ml_collections import ConfigDict
 
@@ -186,7 +186,7 @@ if __name__ == "__main__":
     ours: list[Ours] = []
 
     def prepare() -> dict[str, Any]:
-        ours.append(Ours(Case(**json.loads(sys.argv[1]))))
+        ours.append(Ours(TrainCase(**json.loads(sys.argv[1]))))
         return ours[0].prepare()
 
     serve(prepare, lambda steps: ours[0].measure(steps))

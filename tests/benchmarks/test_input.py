@@ -24,7 +24,7 @@ from benchmarks.input_case import (
     OURS,
     PIL,
     SOURCES,
-    Job,
+    InputJob,
     systems,
 )
 from benchmarks.input_worker import Bare, CountingPreprocess, Loader, open_source
@@ -98,13 +98,13 @@ def test_photographs_are_cut_to_4_by_3_and_return_mirrored(tmp_path, zipped):
 
 @pytest.mark.parametrize("name", ["", "parquet"])
 def test_as_many_images_count_as_are_made(data, name):
-    loader = Loader(Job({"source": name, "image": FAST}, str(data), 8, 2))
+    loader = Loader(InputJob({"source": name, "image": FAST}, str(data), 8, 2))
     cpu, wall = loader.measure(1)
     assert 0 < cpu < 1 and 0 < wall < 1
 
 
 def test_rows_are_counted_when_they_are_made(data):
-    loader = Loader(Job({"source": "", "image": FAST}, str(data), 8, 2))
+    loader = Loader(InputJob({"source": "", "image": FAST}, str(data), 8, 2))
     counted = CountingPreprocess(loader._preprocess)
     with loader.stream(counted) as stream:
         batch = next(stream)
@@ -114,16 +114,16 @@ def test_rows_are_counted_when_they_are_made(data):
 
 @pytest.mark.parametrize("resize", [True, False])
 def test_the_bare_decoder_is_measured(data, resize):
-    cpu, wall = Bare(Job({"resize": resize}, str(data), 8, 1)).measure(1)
+    cpu, wall = Bare(InputJob({"resize": resize}, str(data), 8, 1)).measure(1)
     assert 0 < cpu < 1 and 0 < wall < 1
 
 
 def test_the_pil_path_needs_no_peer_and_a_missing_peer_is_named(data):
     for options, words in (({"peer": "pil"}, ""), ({"peer": "tf_data"}, "not installed in")):
-        job = Job(options, str(data), 8, 2)
+        job = InputJob(options, str(data), 8, 2)
         code = "import sys; sys.modules['tensorflow'] = None\n"
-        code += "from benchmarks.input_peers import Job, make\n"
-        code += f"try: print(make(Job(**{dataclasses.asdict(job)!r})).measure(2))\n"
+        code += "from benchmarks.input_peers import InputJob, make\n"
+        code += f"try: print(make(InputJob(**{dataclasses.asdict(job)!r})).measure(2))\n"
         code += "except Exception as error: print(error)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -134,7 +134,7 @@ def test_the_pil_path_needs_no_peer_and_a_missing_peer_is_named(data):
 
 
 def test_a_worker_that_fails_is_left_out_and_says_why(data):
-    bench = input.Bench(data, 8, 2)
+    bench = input.InputBench(data, 8, 2)
     system = next(s for s in systems(True) if s.name == PIL)
     bench.prepare(system, ["/no/such/python", sys.executable], "")
     bench.prepare(dataclasses.replace(system, name="x"), ["/no/such/python"], "")
@@ -275,7 +275,7 @@ def test_peers_make_the_same_number_of_pixels(data, name):
     pythons = os.environ.get("SIGLIP_PEER_PYTHON", "")
     if not pythons:
         pytest.skip("SIGLIP_PEER_PYTHON names no interpreter that has peers")
-    bench = input.Bench(data, 8, 2)
+    bench = input.InputBench(data, 8, 2)
     system = next(s for s in systems(True) if s.name == name)
     first = os.environ.get("SIGLIP_PEER_IMPORT", "")
     bench.prepare(system, pythons.split(os.pathsep), first)

@@ -15,7 +15,7 @@ import pytest
 from base.errors import UserError
 from benchmarks import loss as command
 from benchmarks import loss_case, loss_curve, loss_jax, loss_report, loss_systems
-from benchmarks.loss_case import Case
+from benchmarks.loss_case import LossCase
 from benchmarks.loss_worker import Failed
 from siglip.losses import definitions
 
@@ -30,7 +30,7 @@ def peer_python() -> str:
     return python or sys.executable
 
 
-def started(name: str, case: Case, folder, python: str = sys.executable):
+def started(name: str, case: LossCase, folder, python: str = sys.executable):
     """A worker of that system, on inputs with a reference."""
     loss_case.write_inputs(case, folder)
     assert loss_case.write_reference(case, folder, limit_s=60) == ""
@@ -61,7 +61,7 @@ def test_matmuls_are_the_three_of_the_loss():
 
 
 def test_inputs_are_a_trained_state_and_the_reference_is_the_definition_in_float64(tmp_path):
-    case = Case(2, 300, 64)  # more than two blocks of rows
+    case = LossCase(2, 300, 64)  # more than two blocks of rows
     loss_case.write_inputs(case, tmp_path)
     zimg, ztxt = (loss_case.read_rows(tmp_path, name) for name in ("zimg", "ztxt"))
     np.testing.assert_allclose(np.linalg.norm(zimg, axis=1), 1, rtol=1e-6)
@@ -76,9 +76,9 @@ def test_inputs_are_a_trained_state_and_the_reference_is_the_definition_in_float
 
 
 def test_too_large_a_reference_is_left_out_with_a_reason(tmp_path):
-    loss_case.write_inputs(Case(1, 2, 4), tmp_path)
-    assert "would take about" in loss_case.write_reference(Case(1, 2, 4), tmp_path, limit_s=0)
-    assert "out of reach" in loss_case.write_reference(Case(1, 2**20, 4), tmp_path, limit_s=60)
+    loss_case.write_inputs(LossCase(1, 2, 4), tmp_path)
+    assert "would take about" in loss_case.write_reference(LossCase(1, 2, 4), tmp_path, limit_s=0)
+    assert "out of reach" in loss_case.write_reference(LossCase(1, 2**20, 4), tmp_path, limit_s=60)
     assert not loss_case.has_reference(tmp_path)
 
 
@@ -98,7 +98,7 @@ def test_relative_error_puts_the_rows_of_all_devices_together(tmp_path):
 
 
 def test_a_worker_measures_this_projects_ring(tmp_path):
-    worker = started("ours-ring", Case(2, 16, 8), tmp_path)
+    worker = started("ours-ring", LossCase(2, 16, 8), tmp_path)
     try:
         ready = worker.prepare()
         assert all(error < 1e-5 for error in ready["errors"].values())
@@ -112,8 +112,8 @@ def test_a_worker_measures_this_projects_ring(tmp_path):
 
 
 def test_a_worker_that_cannot_start_says_why_in_one_line(tmp_path):
-    system = loss_systems.System("none", "", "jax", {"form": "nonsense"})
-    worker = system.start(Case(1, 4, 4), "cpu", str(tmp_path), sys.executable)
+    system = loss_systems.LossSystem("none", "", "jax", {"form": "nonsense"})
+    worker = system.start(LossCase(1, 4, 4), "cpu", str(tmp_path), sys.executable)
     try:
         with pytest.raises(Failed, match="KeyError: 'nonsense'"):
             worker.prepare()
@@ -123,7 +123,7 @@ def test_a_worker_that_cannot_start_says_why_in_one_line(tmp_path):
 
 def test_open_clips_loss_equals_ours(tmp_path, peer_python):
     peers = loss_systems.probe_peers(peer_python)
-    system, case = loss_systems.choose("open_clip-bidir", "cpu")[0], Case(3, 16, 8)
+    system, case = loss_systems.choose("open_clip-bidir", "cpu")[0], LossCase(3, 16, 8)
     if reason := loss_systems.why_not(system, case, "cpu", peers):
         pytest.skip(reason)
     worker = started(system.name, case, tmp_path, peer_python)
@@ -171,7 +171,7 @@ class FakeWorker:
 
 
 def test_rounds_alternate_and_a_system_that_fails_is_out(capsys, tmp_path):
-    bench, log = command.Bench(Case(1, 2, 4), "cpu", tmp_path, "case"), []
+    bench, log = command.LossBench(LossCase(1, 2, 4), "cpu", tmp_path, "case"), []
     for name, seconds in (("ours-ring", 1.0), ("a", 2.0), ("b", None)):
         bench.records.append({"name": name, "what": "", "seconds": [], "memory_bytes": 8})
         bench.workers[name] = FakeWorker(name, log, seconds)
@@ -232,7 +232,7 @@ def test_the_page_and_the_json_hold_the_same_table(tmp_path):
 
 def test_a_missing_peer_is_named_with_a_reason():
     reasons = {
-        (system.name, platform): loss_systems.why_not(system, Case(2, 4, 4), platform, NO_PEERS)
+        (system.name, platform): loss_systems.why_not(system, LossCase(2, 4, 4), platform, NO_PEERS)
         for system in loss_systems.every()
         for platform in ("cpu", "gpu")
     }
@@ -246,10 +246,10 @@ def test_a_missing_peer_is_named_with_a_reason():
         loss_systems.choose(name, "gpu")[0]
         for name in ("open_clip-chunked", "siglip-kernel", "naive-gather")
     )
-    assert "has no chunk_size" in loss_systems.why_not(chunked, Case(1, 4, 4), "gpu", here)
-    assert "1 GPUs, 2 are needed" in loss_systems.why_not(chunked, Case(2, 4, 4), "gpu", here)
-    assert "siglip-kernel is not" in loss_systems.why_not(kernel, Case(1, 4, 4), "gpu", here)
-    assert "same as another" in loss_systems.why_not(gather, Case(1, 4, 4), "gpu", here)
+    assert "has no chunk_size" in loss_systems.why_not(chunked, LossCase(1, 4, 4), "gpu", here)
+    assert "1 GPUs, 2 are needed" in loss_systems.why_not(chunked, LossCase(2, 4, 4), "gpu", here)
+    assert "siglip-kernel is not" in loss_systems.why_not(kernel, LossCase(1, 4, 4), "gpu", here)
+    assert "same as another" in loss_systems.why_not(gather, LossCase(1, 4, 4), "gpu", here)
 
 
 def test_systems_are_chosen_by_name_or_by_its_beginning():
@@ -261,8 +261,8 @@ def test_systems_are_chosen_by_name_or_by_its_beginning():
 
 
 def test_cases_are_read():
-    assert loss_case.parse("4x1024x512", "bfloat16") == Case(4, 1024, 512, "bfloat16")
-    assert str(Case(4, 1024, 512)) == "4x1024x512" and Case(4, 1024, 512).pairs == 4096
+    assert loss_case.parse("4x1024x512", "bfloat16") == LossCase(4, 1024, 512, "bfloat16")
+    assert str(LossCase(4, 1024, 512)) == "4x1024x512" and LossCase(4, 1024, 512).pairs == 4096
 
 
 @pytest.mark.parametrize(

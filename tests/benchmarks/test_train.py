@@ -222,7 +222,7 @@ def test_open_clip_has_the_same_parameters():
     if not python:
         pytest.skip("SIGLIP_PEER_PYTHON names no interpreter that has open_clip")
     first = os.environ.get("SIGLIP_PEER_IMPORT", "")
-    job = train_open_clip.Job(dataclasses.asdict(tiny()), False, first)
+    job = train_open_clip.TrainJob(dataclasses.asdict(tiny()), False, first)
     peer = Worker(python, "benchmarks.train_open_clip", job, {})
     ours = Worker(sys.executable, "benchmarks.train_ours", tiny(), ONE_DEVICE)
     try:

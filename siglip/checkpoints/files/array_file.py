@@ -19,7 +19,7 @@ MAX_AXES = 32
 PIECE = 1 << 20  # elements that are copied at once when an array must be copied to be written
 
 
-class Source:
+class ArrayFile:
     """A file that is opened anew for each array, so that threads share no position.
 
     Raises:
@@ -42,7 +42,7 @@ class Source:
         """The file from its beginning.
 
         Raises:
-          CheckpointError: it cannot be read, or has changed since this Source was made.
+          CheckpointError: it cannot be read, or has changed since this ArrayFile was made.
         """
         try:
             with open(self.path, "rb") as file:

@@ -19,7 +19,7 @@ import numpy as np
 
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files.array_file import (
-    Source,
+    ArrayFile,
     as_array,
     check_name,
     is_possible,
@@ -49,7 +49,7 @@ def read(path: str | os.PathLike) -> dict[str, LazyArray]:
         there twice, or an array is of another type than bool, integers, floats and bfloat16, or
         not as large as the directory says.
     """
-    source, arrays = Source(path), {}
+    source, arrays = ArrayFile(path), {}
     with source.open() as file:
         for member in _members(source, file):
             if member.name in arrays:
@@ -99,7 +99,7 @@ class _Header(NamedTuple):
     length: int  # bytes
 
 
-def _members(source: Source, file: io.BufferedReader) -> list[_Member]:
+def _members(source: ArrayFile, file: io.BufferedReader) -> list[_Member]:
     try:
         with zipfile.ZipFile(file) as archive:
             infos = [info for info in archive.infolist() if not info.is_dir()]
@@ -125,7 +125,7 @@ def _members(source: Source, file: io.BufferedReader) -> list[_Member]:
     return members
 
 
-def _member(source: Source, file: io.BufferedReader, info: zipfile.ZipInfo) -> _Member:
+def _member(source: ArrayFile, file: io.BufferedReader, info: zipfile.ZipInfo) -> _Member:
     if not info.filename.endswith(".npy"):
         raise CheckpointError(
             f"{source.path} has a member {info.filename!r}, which is no array (.npy); "
@@ -161,7 +161,7 @@ def _member(source: Source, file: io.BufferedReader, info: zipfile.ZipInfo) -> _
     return _Member(name, start, info.compress_size, info.file_size, deflated, info.CRC)
 
 
-def _lazy_array(source: Source, file: io.BufferedReader, member: _Member) -> LazyArray:
+def _lazy_array(source: ArrayFile, file: io.BufferedReader, member: _Member) -> LazyArray:
     where, origin = f"{source.path}: array {member.name!r}", f"{source.name}: {member.name}"
     head = np.empty(min(member.size, MAX_HEADER + 12), np.uint8)
     try:
@@ -211,7 +211,7 @@ def _native(where: str, dtype: np.dtype) -> np.dtype:
     return native
 
 
-def _read(source: Source, member: _Member, header: _Header, lazy: LazyArray) -> np.ndarray:
+def _read(source: ArrayFile, member: _Member, header: _Header, lazy: LazyArray) -> np.ndarray:
     """
     Raises:
       CheckpointError: the bytes are not those that were saved.

@@ -21,7 +21,7 @@ import numpy as np
 
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files.array_file import (
-    Source,
+    ArrayFile,
     as_array,
     check_name,
     is_possible,
@@ -56,7 +56,7 @@ def read(path: str | os.PathLike) -> dict[str, LazyArray]:
       CheckpointError: there is no such file, it is not safetensors, is not as long as its header
         says, or holds a type other than DTYPES.
     """
-    source = Source(path)
+    source = ArrayFile(path)
     header, begin = _header(source)
     if not _is_texts(header.pop("__metadata__", {})):
         raise CheckpointError(f"{source.path} has a damaged header (metadata that are not texts)")
@@ -156,7 +156,7 @@ class _Entry(NamedTuple):
         return math.prod(self.shape) * DTYPES[self.code].itemsize
 
 
-def _header(source: "Source") -> tuple[dict[str, Any], int]:
+def _header(source: "ArrayFile") -> tuple[dict[str, Any], int]:
     """The parsed JSON, and the position of its end in the file."""
     with source.open() as file:
         head = file.read(256)
@@ -172,14 +172,14 @@ def _header(source: "Source") -> tuple[dict[str, Any], int]:
     return parse_json(source.path, text), 8 + length
 
 
-def _truncated(source: "Source", promised: int) -> CheckpointError:
+def _truncated(source: "ArrayFile", promised: int) -> CheckpointError:
     return CheckpointError(
         f"{source.path} is truncated: its header promises {promised} bytes, {source.size} are "
         "there; copy it again"
     )
 
 
-def _entry(source: "Source", name: str, fields: Any) -> _Entry:
+def _entry(source: "ArrayFile", name: str, fields: Any) -> _Entry:
     check_name(source.path, name)
     where = f"{source.path}: array {name!r}"
     fields = fields if isinstance(fields, dict) else {}
@@ -210,7 +210,7 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 
 
-def _lazy_array(source: "Source", entry: _Entry, begin: int) -> LazyArray:
+def _lazy_array(source: "ArrayFile", entry: _Entry, begin: int) -> LazyArray:
     dtype = DTYPES[entry.code]
     origin = f"{source.name}: {entry.name}"
 
@@ -226,7 +226,7 @@ def _lazy_array(source: "Source", entry: _Entry, begin: int) -> LazyArray:
 
 
 def _read_shards(folder: str) -> dict[str, LazyArray]:
-    source = Source(os.path.join(folder, INDEX))
+    source = ArrayFile(os.path.join(folder, INDEX))
     if source.size > MAX_HEADER:
         raise CheckpointError(f"{source.path} has {source.size} bytes, too many for an index")
     with source.open() as file:
