@@ -51,8 +51,8 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
         )
     setup = make_setup(config)
     evaluators = make_evaluators(setup)
-    params = params_to_evaluate(setup, start)
     averaged = averages_to_evaluate(setup, start)
+    params = params_to_evaluate(setup, start, averaged)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         if start.kind == "init":  # results without a run: config.json says of which weights
@@ -69,11 +69,14 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
     return final
 
 
-def params_to_evaluate(setup: Setup, start: Start) -> PyTree:
-    """The parameters of a checkpoint, or of config.init, on the devices."""
+def params_to_evaluate(setup: Setup, start: Start, averaged: PyTree = ()) -> PyTree:
+    """The parameters of a checkpoint, or of config.init, on the devices.
+
+    Notes say what else there is, but for the subtrees whose moving averages are used too.
+    """
     abstract = sharded(setup.abstract_towers(), setup.mesh)
     if start.kind == "workdir":
-        params, notes = restoring.restore_params(str(start.path), abstract)
+        params, notes = restoring.restore_params(str(start.path), abstract, averaged=averaged)
         announce.notes(notes)
         return params
     shardings = jax.tree.map(lambda x: x.sharding, abstract)

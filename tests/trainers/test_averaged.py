@@ -40,12 +40,14 @@ def test_averages_are_saved_and_differ_from_the_parameters(run):
     assert len(different) > len(names) / 2
 
 
-def test_an_evaluator_of_averages_gives_other_numbers_and_eval_only_the_same(tiny, run):
+def test_an_evaluator_of_averages_gives_other_numbers_and_eval_only_the_same(tiny, run, capsys):
     of_averages = loss(run)
     assert tiny.main(run, "--eval_only", *AVERAGE, *OF_AVERAGED, evals="val") == program.DONE
     assert loss(run) == pytest.approx(of_averages, rel=1e-6)
+    assert "left out" not in capsys.readouterr().out
     params = ("--config.evals.val.params=params", "--config.evals.val.every=")
     assert tiny.main(run, "--eval_only", *AVERAGE, *params, evals="val") == program.DONE
+    assert "also holds averaged (" in capsys.readouterr().out
     assert abs(loss(run) - of_averages) > 1e-4 * of_averages
 
 

@@ -7,7 +7,7 @@ directory of one step. All processes call the functions here together.
 
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -66,11 +66,14 @@ def restore_state(
 
 
 def restore_params(
-    path: str | pathlib.Path, abstract_params: PyTree
+    path: str | pathlib.Path, abstract_params: PyTree, *, averaged: Collection[str] = ()
 ) -> tuple[PyTree, tuple[str, ...]]:
     """(parameters, notes): the subtrees of a checkpoint's parameters that the model has.
 
     Nothing else is read; a note says what else there is (workdir.left_out).
+
+    Args:
+      averaged: subtrees whose moving averages are used too (restore_averaged).
 
     Raises:
       UserError: they do not fit the model, or the checkpoint is damaged.
@@ -81,7 +84,7 @@ def restore_params(
         known = {n: x for n, x in saved.items() if workdir.is_in_subtrees(n, abstract_params)}
         _check_fits(step, known, orbax_tree.leaves({"params": abstract_params}))
         params = orbax_tree.to_devices(step, {"params": abstract_params}, partial=True)["params"]
-        return params, workdir.left_out(step, saved, abstract_params)
+        return params, workdir.left_out(step, saved, abstract_params, averaged)
     except DamagedCheckpoint as damage:
         raise UserError(f"{damage}; give the directory of another step") from damage
 

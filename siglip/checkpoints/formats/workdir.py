@@ -100,12 +100,18 @@ def is_in_subtrees(name: str, subtrees: Iterable[str]) -> bool:
     return branch == "params" and rest.partition("/")[0] in subtrees
 
 
-def left_out(step: pathlib.Path, saved: Iterable[str], subtrees: Iterable[str]) -> tuple[str, ...]:
+def left_out(
+    step: pathlib.Path,
+    saved: Iterable[str],
+    subtrees: Iterable[str],
+    averaged: Iterable[str] = (),
+) -> tuple[str, ...]:
     """A note on what of a state is neither in these subtrees of parameters nor the usual state of
     the optimizer; () where that is all.
 
     Args:
       saved: names of the leaves: 'params/decoder/...', 'averaged/img/...', 'carried/...'.
+      averaged: subtrees whose moving averages are used too.
     """
     counts: collections.Counter[str] = collections.Counter()
     for name in saved:
@@ -113,6 +119,8 @@ def left_out(step: pathlib.Path, saved: Iterable[str], subtrees: Iterable[str]) 
         if branch == "params":
             if not is_in_subtrees(name, subtrees):
                 counts[f"params/{rest.partition('/')[0]}"] += 1
+        elif branch == "averaged" and rest.partition("/")[0] in averaged:
+            continue
         elif branch not in ("step", "opt_state"):
             counts[branch] += 1
     if not counts:
