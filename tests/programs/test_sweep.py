@@ -238,7 +238,7 @@ def test_a_folder_with_another_run_is_refused_before_any_run(fake, capsys):
     fake.run()
     fake.calls()
     assert sweep.main(fake.argv(*GRID, "--config.seed=1"), fake.main) == command_line.MISTAKE
-    assert "seed: there 0, here 1" in capsys.readouterr().err
+    assert "config.seed: there 0, here 1" in capsys.readouterr().err
     assert fake.calls() == []
 
 

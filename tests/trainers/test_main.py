@@ -135,7 +135,7 @@ def test_a_workdir_with_another_run_is_refused_before_any_work(called, capsys):
     stored.save(complete.load("configs/tiny.py"), "w")
     for flag in ("", " --eval_only"):
         assert run(COMMAND + flag) == program.MISTAKE
-        assert "input.batch_size: there 32, here 8" in capsys.readouterr().err
+        assert "config.input.batch_size: there 32, here 8" in capsys.readouterr().err
     assert called == []
 
 

@@ -138,11 +138,13 @@ def completed(
             )
         setting.source = f"--config.{key}"
         if setting.of is None:
-            setting.value = values.parse_key(value, setting.annotation, key, f"--config.{key}")
+            setting.value = values.parse_key(
+                value, setting.annotation, f"config.{key}", f"--config.{key}"
+            )
     # 3. What nobody gave.
     if missing := [key for key, setting in flatten(tree).items() if setting.value is REQUIRED]:
         raise UserError(
-            f"{show(file)}: {listed(missing)} must be given: pass "
+            f"{show(file)}: {listed(f'config.{key}' for key in missing)} must be given: pass "
             + " ".join(f"--config.{key}=..." for key in missing[:3])
         )
     return tree
@@ -167,7 +169,7 @@ def settings(
         tree[block.choice] = Setting(str, block.default, name, block.of, source=source)
         if name is not REQUIRED:
             key = join(path, block.choice)
-            _check_component(name, block.of, f"{place(where, leaf(key))}: {key}")
+            _check_component(name, block.of, f"{place(where, leaf(key))}: config.{key}")
             parameters |= parameters_of(block.of[name])
             owners |= dict.fromkeys(parameters_of(block.of[name]), block.of[name])
     for name, (annotation, default) in parameters.items():
@@ -175,14 +177,16 @@ def settings(
             continue
         value, source = given.get(name, default), ""
         if name in given:
-            key, source = join(path, name), place(where, name)
-            value = values.cast_key(value, annotation, key, source)
+            source = place(where, name)
+            value = values.cast_key(value, annotation, f"config.{join(path, name)}", source)
         tree[name] = Setting(annotation, default, value, owner=owners[name], source=source)
     for name in given if "*" in children else children:
         value = given.get(name, {})
         if not isinstance(value, Mapping):
             key = join(path, name)
-            raise UserError(f"{place(where, leaf(key))}: {key} is a block of keys, not {value!r}")
+            raise UserError(
+                f"{place(where, leaf(key))}: config.{key} is a block of keys, not {value!r}"
+            )
         tree[name] = settings(value, unknown=unknown, where=where, path=join(path, name))
     unknown += [join(path, name) for name in given if name not in tree]
     return tree
@@ -228,7 +232,7 @@ def _values(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _unknown(key: str, tree: dict[str, Any], *, flag: bool = False) -> str:
     """'unknown key ...' with the nearest valid ones."""
-    prefix = "--config." if flag else ""
+    prefix = "--config." if flag else "config."
     message = f"unknown key {prefix}{key}"
     head, _, rest = key.partition(".")
     if head in MOVED:

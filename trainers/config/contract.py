@@ -37,7 +37,7 @@ def fill(given: Mapping[str, Any], overrides: Iterable[tuple[str, str]]) -> Mapp
 
     def value_of(key: str, annotation: Any) -> Any:
         if key in flags:
-            return values.parse_key(flags[key], annotation, key, f"--config.{key}")
+            return values.parse_key(flags[key], annotation, f"config.{key}", f"--config.{key}")
         return given.get(key)
 
     source, init = value_of("contract", str | None), value_of("init", str | None)

@@ -78,7 +78,7 @@ class Difference:
         return any(key.startswith(f"{free}.") for free in FREE)
 
     def __str__(self) -> str:
-        return f"{self.key}: there {self.there}, here {self.here}"
+        return f"config.{self.key}: there {self.there}, here {self.here}"
 
 
 def differences(config: ConfigDict, workdir: str | os.PathLike) -> list[Difference]:

@@ -37,7 +37,7 @@ class Checkpoints:
         self, workdir: str, *, every: int | None, keep_last: int, keep_every: int | None
     ) -> None:
         if keep_last < 1:
-            raise UserError(f"checkpoint.keep_last must be at least 1, not {keep_last}")
+            raise UserError(f"config.checkpoint.keep_last must be at least 1, not {keep_last}")
         self.every = every
         self.directory = pathlib.Path(workdir).absolute() / FOLDER
         keep: list[Any] = [ocp.checkpoint_managers.LatestN(keep_last)]

@@ -121,6 +121,6 @@ def _check_position(saved: dict[str, Any], wanted: dict[str, int], start: Start)
         raise UserError(
             f"the run goes on in the data where {start.path} stopped, but "
             + ", ".join(f"{key} is {saved[key]} there, {wanted[key]} here" for key in differing)
-            + " (seed, input.batch_size and the data must be those of that run; config.init takes "
-            "its weights alone)"
+            + " (config.seed, config.input.batch_size and the data must be those of that run; "
+            "config.init takes its weights alone)"
         )

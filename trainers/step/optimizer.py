@@ -91,15 +91,15 @@ def make_tx(
     counted in the clipped norm. The state follows the parameters' shapes (Adafactor's factors
     lack one dimension). Raises UserError for rules that do not fit the parameters.
     """
-    _check_positive("lr", config.lr)
-    _check_positive("wd", config.wd, or_zero=True)
+    _check_positive("config.lr", config.lr)
+    _check_positive("config.wd", config.wd, or_zero=True)
     lr_mults = _mults(config, params, "lr_mults")
     wd_mults = _mults(config, params, "wd_mults")
     if zeros := [name for name, mult in lr_mults.items() if mult == 0]:
-        raise UserError(f"lr_mults: '{zeros[0]}' has the multiplier 0; to freeze it use frozen")
+        raise UserError(f"config.lr_mults: 0 for '{zeros[0]}'; to freeze it use config.frozen")
     schedule = _make_schedule(config.schedule, total_steps, batch_size, examples_per_epoch)
     if config.clip_norm is not None:
-        _check_positive("clip_norm", config.clip_norm)
+        _check_positive("config.clip_norm", config.clip_norm)
         clip = _clip_by_global_norm(config.clip_norm)
     else:
         clip = optax.identity()
@@ -126,12 +126,14 @@ def frozen_mask(config: Any, params: PyTree) -> PyTree[bool]:
     Raises:
       UserError: a rule does not fit the parameters, or nothing is left to train.
     """
-    values = match_rules(config.frozen, path_names(params), key="frozen")
+    values = match_rules(config.frozen, path_names(params), key="config.frozen")
     for name, value in values.items():
         if not isinstance(value, bool):
-            raise UserError(f"frozen: the value for '{name}' must be True or False, not {value!r}")
+            raise UserError(
+                f"config.frozen: the value for '{name}' must be True or False, not {value!r}"
+            )
     if all(values.values()):
-        raise UserError("frozen: every parameter is frozen, nothing is left to train")
+        raise UserError("config.frozen: every parameter is frozen, nothing is left to train")
     return jax.tree_util.tree_map_with_path(lambda path, _: values[path_name(path)], params)
 
 
@@ -170,7 +172,7 @@ def _make_schedule(
             batch_size=batch_size,
             examples_per_epoch=examples_per_epoch,
             total_steps=total_steps,
-            key=key,
+            key=f"config.{key}",
         )
 
     return SCHEDULES[block.name](total_steps, to_steps, **_keywords(block))
@@ -181,9 +183,9 @@ def _keywords(block: Any) -> dict[str, Any]:
 
 
 def _mults(config: Any, params: PyTree, key: str) -> dict[str, float]:
-    values = match_rules(config[key], path_names(params), key=key)
+    values = match_rules(config[key], path_names(params), key=f"config.{key}")
     for name, value in values.items():
-        _check_positive(f"{key}: the value for '{name}'", value, or_zero=True)
+        _check_positive(f"config.{key}: the value for '{name}'", value, or_zero=True)
     return values
 
 

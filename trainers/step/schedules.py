@@ -76,7 +76,7 @@ def rsqrt(
     """
     scale = to_steps(timescale, "schedule.timescale")
     if not scale:
-        raise UserError(f"schedule.timescale = {timescale!r} must be at least one step")
+        raise UserError(f"config.schedule.timescale = {timescale!r} must be at least one step")
 
     def decay(progress, steps):
         return 1 / jnp.sqrt(1 + jnp.maximum(steps, 0) / scale)
@@ -95,7 +95,7 @@ def _ramped(decay, total_steps, to_steps, warmup, cooldown="0 steps") -> Schedul
     if total_steps > 1 and up + down >= total_steps:
         ramps = f"warmup = {warmup!r}" + (f" and cooldown = {cooldown!r}" if down else "")
         raise UserError(
-            f"schedule: {ramps} take {up + down} steps, the whole run has {total_steps}; "
+            f"config.schedule: {ramps} take {up + down} steps, the whole run has {total_steps}; "
             "shorten them, or give them in percent"
         )
 

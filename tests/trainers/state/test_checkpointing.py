@@ -73,7 +73,7 @@ def test_keeps_the_last_and_the_multiples(tmp_path):
     assert on_disk(directory) == [10, 20, 25]
     saved(tmp_path, 30, keep_last=1)
     assert on_disk(directory) == [30]
-    with pytest.raises(UserError, match="keep_last must be at least 1"):
+    with pytest.raises(UserError, match=r"config\.checkpoint\.keep_last must be at least 1"):
         saved(tmp_path, keep_last=0)
 
 

@@ -244,7 +244,7 @@ def test_the_state_shards_like_the_parameters_and_is_donated(name):
     [
         ({"wd_mults": ((".*/kernels", 1.0), ("else", 0.0))}, "wd_mults: rule '.*/kernels' matches"),
         ({"lr_mults": (("img/.*", 1.0),)}, "lr_mults: parameter 't' matches none"),
-        ({"lr_mults": NONE}, "use frozen"),
+        ({"lr_mults": NONE}, "use config.frozen"),
         ({"lr_mults": ((".*", "big"),)}, "must be a number >= 0, not 'big'"),
         ({"wd_mults": ((".*", -1.0),)}, "must be a number >= 0, not -1.0"),
         ({"frozen": ((".*", 1.0),)}, "must be True or False, not 1.0"),
@@ -259,3 +259,4 @@ def test_a_wrong_setting_is_named_on_one_line(changes, part):
     with pytest.raises(UserError) as error:
         make_tx(make_config(**changes), make_params())
     assert part in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith("config.")
