@@ -58,6 +58,8 @@ def load_settings(config_flag: str, overrides: Iterable[tuple[str, str]] = ()) -
 
 # Completing: a nested dict as a file gives it -> the whole tree, every leaf a Setting
 
+DROP = "None"  # --config.evals.NAME=None drops that block
+
 
 @dataclasses.dataclass
 class Setting:
@@ -101,11 +103,18 @@ def completed(
     given = contract.fill(given, overrides)
     of_contract = set(flatten(given)) - in_file
     tree = settings(given, unknown=[], where=file)
-    # 1. Components, so that the other overrides see the keys of the new ones. What was set for
-    #    the old component goes: the new one starts from its defaults.
+    # 1. Blocks that go, and components, so that the other overrides see the keys of the new ones.
+    #    What was set for the old component goes: the new one starts from its defaults.
+    dropped = set()
     for key, value in overrides:
         choice = _find(tree, key)
-        if choice is None and _names_new_child(key):
+        if value == DROP and isinstance(choice, dict) and pattern_of(key).endswith(".*"):
+            dropped.add(key)
+            left = dict(_find(given, parent(key)))
+            del left[leaf(key)]
+            given = _replaced(given, parent(key), lambda _, left=left: left)
+            tree = settings(given, unknown=[], where=file)
+        elif choice is None and _names_new_child(key):
             _check_component(value, BLOCKS[pattern_of(parent(key))].of, f"--config.{key}")
             child = {leaf(key): value}
             given = _replaced(given, parent(key), lambda _, child=child: child)
@@ -128,6 +137,8 @@ def completed(
             setting.source = "config.contract"
     # 2. All the others.
     for key, value in overrides:
+        if key in dropped:
+            continue
         setting = _find(tree, key)
         if setting is None:
             raise UserError(_unknown(key, tree, flag=True))
@@ -135,6 +146,7 @@ def completed(
             raise UserError(
                 f"--config.{key} is a block; set one of its keys: "
                 + listed(f"--config.{key}.{name}" for name in setting)
+                + (f"; {DROP} drops it" if pattern_of(key).endswith(".*") else "")
             )
         setting.source = f"--config.{key}"
         if setting.of is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from base import values
 from base.nested import flatten
-from trainers.config.complete import Setting
+from trainers.config.complete import DROP, Setting
 from trainers.config.schema import (
     BLOCKS,
     REQUIRED,
@@ -128,7 +128,10 @@ def _tables(path: str, block: Block, listed: dict[Callable, str]) -> Iterator[st
         yield f"Without any, a config gets: {', '.join(f'`{name}`' for name in block.initial)}.\n"
     if not block.choice:
         if not table:
-            yield "Names of your choice, each with the keys below.\n"
+            yield (
+                "Names of your choice, each with the keys below. "
+                f"`--config.{path}.NAME={DROP}` drops one.\n"
+            )
         return
     default = "required" if block.default is REQUIRED else f"default `{block.default}`"
     names = ", ".join(f"`{name}`" for name in block.of)
