@@ -23,9 +23,9 @@ Images = UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"]
 class MetricsWriter:
     """Writes <workdir>/metrics.jsonl and event files; the methods have the names of clu's writers.
 
-    metrics.jsonl has one JSON object per event, {"step": 10, "loss": 9.5, ...}, flushed at once.
-    JSON knows no NaN: numbers that are not finite become the strings "nan", "inf", "-inf", which
-    Python's float() reads back. With is_main False nothing is written at all.
+    metrics.jsonl has one JSON object of numbers per event, {"step": 10, "loss": 9.5, ...}, flushed
+    at once. JSON knows no NaN: numbers that are not finite become the strings "nan", "inf", "-inf",
+    which Python's float() reads back. With is_main False nothing is written at all.
     """
 
     def __init__(self, workdir: str | pathlib.Path, *, is_main: bool = True) -> None:
@@ -61,9 +61,8 @@ class MetricsWriter:
                     self._add(step, summary.scalar(name, number))
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Writes texts, which TensorBoard shows as Markdown."""
+        """Writes texts, which TensorBoard shows as Markdown, to TensorBoard only."""
         if self._is_main:
-            self._append(step, texts)
             for name, text in texts.items():
                 self._add(step, summary.text(name, text))
 

@@ -55,10 +55,10 @@ def test_one_json_object_per_event_with_its_step(tmp_path):
     writer.write_scalars(3, {"loss": jnp.float32(1.5), "lr": np.array([1e-3])[0], "n": 2})
     # It is there at once, not at the end.
     assert lines(tmp_path / "new") == [{"step": 3, "loss": 1.5, "lr": 1e-3, "n": 2.0}]
-    writer.write_texts(4, {"note": "grüße\nzwei"})
+    writer.write_scalars(4, {"loss": 1})
     writer.close()
     writer.close()
-    assert lines(tmp_path / "new")[1] == {"step": 4, "note": "grüße\nzwei"}
+    assert lines(tmp_path / "new")[1] == {"step": 4, "loss": 1.0}
 
 
 def test_what_is_not_finite_is_still_json(tmp_path):
@@ -94,6 +94,7 @@ def test_tensorboard_gets_scalars_texts_images_and_hparams(tmp_path):
     everything = b"".join(event.SerializeToString() for event in events(tmp_path))
     assert b"model.img.variant" in everything and b"B/16" in everything
     writer.close()
+    assert lines(tmp_path) == [{"step": 5, "loss": 2.5}]
 
 
 def test_resume_forgets_the_lines_after_its_step(tmp_path, write):
