@@ -31,7 +31,7 @@ class Embedder:
     """
 
     def __init__(self, model, mesh: Mesh, preprocess, batch_size: int):
-        check_batch_size("an evaluator's batch_size", batch_size, mesh)
+        check_batch_size("batch_size", batch_size, mesh)
         self._mesh, self._preprocess, self._batch_size = mesh, preprocess, batch_size
 
         def embed(params, batch: dict[str, Array]) -> dict[str, Array]:

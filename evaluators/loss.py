@@ -42,7 +42,7 @@ class Evaluator:
     def __init__(
         self, model, mesh: Mesh, preprocess, source, loss_fn: Loss, *, batch_size: int = 256
     ):
-        check_batch_size("an evaluator's batch_size", batch_size, mesh)
+        check_batch_size("batch_size", batch_size, mesh)
         self._mesh, self._preprocess, self._source = mesh, preprocess, source
         self._batch_size = batch_size
         self._chance = loss_fn.chance

@@ -57,7 +57,7 @@ class Evaluator:
     ):
         del loss_fn
         if captions not in ("all", "first"):
-            raise UserError(f"retrieval captions {captions!r} is none of all, first")
+            raise UserError(f"captions {captions!r} is none of all, first")
         self._preprocess, self._source = preprocess, source
         self._captions, self._canonicalize = captions, canonicalize
         self._embedder = Embedder(model, mesh, preprocess, batch_size)

@@ -152,14 +152,17 @@ def make_evaluators(setup: Setup) -> dict[str, Any]:
                 f"config.evals.{name}.type=loss measures the loss of a contrastive objective, and "
                 "config.objectives has none"
             )
-        evaluators[name] = EVALUATORS[block.type](
-            setup.model,
-            setup.mesh,
-            setup.preprocess,
-            StrictSource(chosen(SOURCES, block.source)),
-            setup.loss_fn,
-            **without(block, "type", "source", "every", "params"),
-        )
+        try:
+            evaluators[name] = EVALUATORS[block.type](
+                setup.model,
+                setup.mesh,
+                setup.preprocess,
+                StrictSource(chosen(SOURCES, block.source)),
+                setup.loss_fn,
+                **without(block, "type", "source", "every", "params"),
+            )
+        except UserError as error:  # evaluators and sources do not know what they are called
+            raise UserError(f"config.evals.{name}: {error}") from error
     return evaluators
 
 

@@ -157,3 +157,18 @@ def test_mc4s_tokenizer_may_have_a_hundred_ids_more_than_the_table(monkeypatch, 
     if ids > 250_000:
         with pytest.raises(BadExample, match="token 250050, and the model has 250000 rows"):
             preprocess.text("extra")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"retrieval__captions": "some"}, "retrieval: captions 'some' is none of all, first"),
+        ({"zeroshot__aliases": "some"}, "zeroshot: aliases 'some' is none of first, all"),
+        ({"val__batch_size": 3}, "val: batch_size=3 does not divide over 8 devices"),
+        ({"val__source__name": "files", "val__source__path": "gone.csv"}, "val: .*gone.csv"),
+    ],
+)
+def test_a_mistake_in_an_evaluator_names_it(changes, message):
+    config = load(**{f"evals__{key}": value for key, value in changes.items()})
+    with pytest.raises(UserError, match=rf"^config\.evals\.{message}"):
+        setup.make_evaluators(setup.make_setup(config))
