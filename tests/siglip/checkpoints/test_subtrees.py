@@ -33,12 +33,12 @@ def with_subtrees():
     return dataclasses.replace(weights, arrays={**others, **weights.arrays})
 
 
-def save(workdir, tree, contract):
-    """A run of ten steps with these parameters."""
+def save(workdir, tree, contract, **options):
+    """A run of ten steps with these parameters; options are Orbax's."""
     step = (workdir / "checkpoints" / "10").absolute()
     step.mkdir(parents=True)
     state = {"step": np.int32(10), "params": tree, "opt_state": {"count": np.int32(10)}}
-    ocp.PyTreeCheckpointer().save(step / "state", state)
+    ocp.PyTreeCheckpointer(**options).save(step / "state", state)
     spec.save(contract, workdir / spec.FILE)
     return workdir
 
@@ -79,6 +79,19 @@ def test_of_a_run_the_towers_are_read_and_a_note_names_the_rest(run):
     weights = checkpoints.read(run)
     assert arrays(weights) == arrays(tiny())
     assert weights.notes == (note_of_run(run),)
+
+
+def test_of_a_run_nothing_but_the_towers_is_read(tmp_path):
+    """Everything else is damaged; each array lies in a folder of its own."""
+    run = save(tmp_path / "run", with_subtrees().tree(), tiny().spec, use_ocdbt=False)
+    own = ("params.img.", "params.txt.", "params.t", "params.b")
+    folders = [path for path in (run / "checkpoints" / "10" / "state").iterdir() if path.is_dir()]
+    others = [folder for folder in folders if not folder.name.startswith(own)]
+    assert len(others) == len(OTHERS) + 2  # and step, and count
+    for file in (file for folder in others for file in folder.rglob("*") if file.is_file()):
+        if file.name not in (".zarray", "zarr.json"):
+            file.write_bytes(b"no data")
+    assert arrays(checkpoints.read(run)) == arrays(tiny())
 
 
 def test_a_run_with_the_towers_alone_has_no_note(tmp_path):
