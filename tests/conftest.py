@@ -59,6 +59,13 @@ from programs import prepare_table  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """JAX keeps every program it compiles, each in more than a megabyte; a file needs its own."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def unchecked_shapes():
     """For a test of the error that a wrong shape raises where nothing checks annotations."""
