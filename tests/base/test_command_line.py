@@ -1,6 +1,6 @@
-import subprocess
 import sys
 
+import processes
 import pytest
 
 from base import command_line
@@ -52,13 +52,7 @@ def test_a_reader_that_has_gone_is_one_line(options):
         f"sys.exit(command_line.run(lambda: print('x' * 100_000), {options}))"
     )
     shell = f'{sys.executable} -c "$CODE" | true; echo ${{PIPESTATUS[0]}}'
-    done = subprocess.run(
-        ["bash", "-c", shell],
-        env={"CODE": code, "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = processes.run(["bash", "-c", shell], env={"CODE": code, "PATH": "/usr/bin:/bin"})
     assert done.stdout == "1\n"
     assert done.stderr == "error: the reader of the output has gone, as after `| head`\n"
 

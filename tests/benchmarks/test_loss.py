@@ -4,12 +4,12 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 
 from base.errors import UserError
@@ -150,9 +150,7 @@ def test_the_byte_count_of_pytorch_is_the_most_that_lived_at_once(peer_python):
             del view, c
         print(count.peak, count.live)
     """
-    out = subprocess.run(
-        [peer_python, "-c", code], cwd=command.ROOT, capture_output=True, text=True, timeout=600
-    )
+    out = processes.run([peer_python, "-c", code], cwd=command.ROOT)
     assert out.stdout.split() == ["1000", "200"], out.stderr  # a, b and c, in float32 and float64
 
 

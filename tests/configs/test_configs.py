@@ -4,11 +4,11 @@ import io
 import json
 import os
 import pathlib
-import subprocess
 import sys
 
 import jax
 import numpy as np
+import processes
 import pytest
 import tensorflow_datasets as tfds
 
@@ -264,11 +264,8 @@ def test_the_reference_run_trains_and_evaluates_shrunk_without_tensorflow(data_d
     )
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(FOLDER.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, flag, f"--workdir={tmp_path}/w"],
-        env=env, capture_output=True, text=True, cwd=tmp_path, check=False,
-    )  # fmt: skip
-    assert done.returncode == program.DONE, done.stderr[-3000:]
+    command = [sys.executable, "-c", code, flag, f"--workdir={tmp_path}/w"]
+    done = processes.run(command, env=env, cwd=tmp_path, code=program.DONE)
     assert done.stdout.endswith("imported: []\n")
     events = [json.loads(line) for line in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
     losses = [event["loss"] for event in events if "loss" in event]

@@ -1,5 +1,6 @@
 """A source embedded into files: what is in them, and that no kill leaves a gap or a row twice."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pyarrow as pa
 import pytest
 import tiny_embed
@@ -29,12 +31,12 @@ def whole(tmp_path_factory):
     return out
 
 
-def process(out, kill, *words):
-    """Embeds in a process of its own; its exit code."""
+def process(out, kill, *words, code):
+    """Embeds in a process of its own, which ends with this exit code."""
     command = [sys.executable, tiny_embed.__file__, str(out), kill, *words]
     path = os.pathsep.join([str(ROOT), str(pathlib.Path(tiny_embed.__file__).parent)])
     environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run(command, env=environment, cwd=ROOT, timeout=600, check=False).returncode
+    processes.run(command, env=environment, cwd=ROOT, code=code)
 
 
 def expected(kind, examples=EXAMPLES, bad=BAD):
@@ -117,7 +119,7 @@ KILLS = ["replace:1", "append:1", "append:5", "replace:2", "replace:4", "fsync:8
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", KILLS)
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(whole, tmp_path, kill):
-    assert process(tmp_path, kill) == -signal.SIGKILL
+    process(tmp_path, kill, code=-signal.SIGKILL)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("rows-*.arrow")}
     assert len(before) < 3 and "done" not in before
     tiny_embed.embed(tmp_path)
@@ -129,11 +131,11 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(whole, t
 @pytest.mark.slow
 def test_killed_several_times_two_processes_write_the_bytes_of_one(whole, tmp_path):
     two = ["process_count=2"]
-    assert process(tmp_path, "append:3", *two, "process_index=0") == -signal.SIGKILL
-    assert process(tmp_path, "replace:2", *two, "process_index=1") == -signal.SIGKILL
-    assert process(tmp_path, "never", *two, "process_index=1") == 0
+    process(tmp_path, "append:3", *two, "process_index=0", code=-signal.SIGKILL)
+    process(tmp_path, "replace:2", *two, "process_index=1", code=-signal.SIGKILL)
+    process(tmp_path, "never", *two, "process_index=1", code=0)
     assert not json.loads((tmp_path / "manifest.json").read_text())["done"]
-    assert process(tmp_path, "never", *two, "process_index=0") == 0
+    process(tmp_path, "never", *two, "process_index=0", code=0)
     assert tiny_embed.files(tmp_path) == tiny_embed.files(whole)
 
 
@@ -156,8 +158,8 @@ def test_two_runs_of_the_same_process_are_refused(whole, tmp_path):
     lock = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX, 1, 0);"
     lock += "print('locked', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", lock, str(tmp_path / ".lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout and other.stdout.readline() == b"locked\n"
+    with processes.started(command, stdin=subprocess.PIPE) as other:
+        processes.read_until(other, "locked")
         with pytest.raises(UserError, match="another run of process 0 writes there"):
             tiny_embed.embed(tmp_path)
         other.kill()
@@ -367,19 +369,10 @@ def test_runs_that_do_not_agree_on_their_number_do_not_write_beside_each_other(t
         "except Exception as error:\n"
         "    print(error, flush=True)\n"
     )
-
-    def start(process, count):
-        command = [sys.executable, "-c", holder, str(tmp_path), str(process), str(count)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        other = subprocess.Popen(command, cwd=ROOT, **pipes)
-        return other, other.stdout.readline().decode()
-
-    first, lines = start(0, 2)
-    second, also = start(1, 2)
-    third, refused = start(2, 3)
-    fourth, alone = start(0, 1)
-    for other in (first, second, third, fourth):
-        other.communicate(timeout=600)
-    assert lines == also == "in\n"
-    for message in (refused, alone):
-        assert "a run with another --num_processes writes there" in message
+    refused = "a run with another --num_processes writes there"
+    with contextlib.ExitStack() as running:
+        runs = ("0", "2", "in"), ("1", "2", "in"), ("2", "3", refused), ("0", "1", refused)
+        for index, count, answer in runs:
+            command = [sys.executable, "-c", holder, str(tmp_path), index, count]
+            other = processes.started(command, cwd=ROOT, stdin=subprocess.PIPE)
+            processes.read_until(running.enter_context(other), answer)

@@ -1,11 +1,13 @@
 """Two processes with two devices each get the numbers of one process with four."""
 
+import contextlib
 import json
 import os
 import pathlib
 import socket
-import subprocess
 import sys
+
+import processes
 
 N, BATCH = 21, 8  # the last batch has 5 real rows: 4 of process 0, 1 of process 1
 
@@ -52,26 +54,16 @@ def test_two_processes_equal_one_and_each_image_is_decoded_once(fakes):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parents[2]), *sys.path[1:]]),
+        "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parents[2]), *sys.path]),
     }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(process), str(port)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
-    try:
-        outputs = [w.communicate(timeout=600) for w in workers]
-    finally:
-        for w in workers:
-            w.kill()
-    for w, (_, err) in zip(workers, outputs):
-        assert w.returncode == 0, err[-3000:]
-    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+    command = [sys.executable, __file__]
+    with contextlib.ExitStack() as running:
+        workers = [
+            running.enter_context(processes.started([*command, str(i), str(port)], env=env))
+            for i in range(2)
+        ]
+        outputs = [processes.end(worker).stdout for worker in workers]
+    first, second = (json.loads(out.splitlines()[-1]) for out in outputs)
     one = evaluate(fakes.mesh(4), fakes)
     assert first["results"] == second["results"]
     assert set(first["results"]) == set(one["results"]) and len(one["results"]) == 9

@@ -7,12 +7,12 @@ import re
 import shlex
 import shutil
 import struct
-import subprocess
 import sys
 import tarfile
 from typing import Any
 
 import numpy as np
+import processes
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
@@ -433,10 +433,7 @@ def test_the_command(tmp_path):
     python = [sys.executable, "-m", "input_pipeline.convert"]
     words = ["--to", "array_record", "files", f"path={table}", "split=x", "--out", "out"]
     env = {"PYTHONPATH": str(pathlib.Path(command.__file__).parents[2]), "PATH": "/usr/bin"}
-    done = subprocess.run(
-        python + words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = processes.run(python + words, cwd=tmp_path, env=env)
     assert "7/7 examples" in done.stderr and "left" in done.stderr
     assert len(opened(done.stdout.splitlines())) == 7
 

@@ -49,7 +49,7 @@ def made(seed: int):
 
 if __name__ == "__main__":
     finish = store.ShardWriter.finish  # it waits long after a shard, for a signal
-    store.ShardWriter.finish = lambda self: (finish(self), time.sleep(100))
+    store.ShardWriter.finish = lambda self: (finish(self), time.sleep(9999))
     siglip.load = load  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv = ["embed", *sys.argv[1:]]
     runpy.run_module("programs.embed", run_name="__main__", alter_sys=True)

@@ -5,14 +5,13 @@ import os
 import pathlib
 import re
 import signal
-import subprocess
 import sys
-import time
 
 import cv2
 import embed_process
 import jax
 import numpy as np
+import processes
 import pytest
 from embed_process import RES
 
@@ -199,22 +198,10 @@ def test_a_signal_ends_it_and_the_same_command_goes_on(whole, tmp_path, capsys, 
     command = [sys.executable, embed_process.__file__, *COMMON, "--out", str(tmp_path)]
     path = os.pathsep.join([str(ROOT), str(pathlib.Path(embed_process.__file__).parent)])
     environment = {**os.environ, "PYTHONPATH": path}
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        until = time.monotonic() + 600
-        while not list(tmp_path.glob("rows-*")) and time.monotonic() < until:
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            time.sleep(0.05)
+    with processes.started(command, env=environment, cwd=ROOT) as process:
+        processes.wait_until(lambda: list(tmp_path.glob("rows-*")), process)
         process.send_signal(signum)
-        assert process.wait(600) == 85
-        assert process.stderr is not None
-        told = process.stderr.read().splitlines()
+        told = processes.end(process, 85).stderr.splitlines()
     line = f"{signum.name}: interrupted; run the same command again to go on"
     assert told[-1] == line and not any("Traceback" in other for other in told)
     assert [path.name for path in tmp_path.glob("rows-*")] == ["rows-00000.arrow"]

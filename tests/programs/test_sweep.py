@@ -4,10 +4,9 @@ import csv
 import json
 import pathlib
 import signal
-import subprocess
 import sys
-import time
 
+import processes
 import pytest
 
 from base import command_line
@@ -186,18 +185,12 @@ def test_a_signal_is_passed_on_to_the_run(fake, signum):
         "import pathlib, sys; from programs import sweep; "
         f"sys.exit(sweep.main(sys.argv[1:], pathlib.Path({str(fake.main)!r})))"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *fake.argv()], stderr=subprocess.PIPE, text=True
-    )
     log = fake.workdir / names(ALL[0])[0] / sweep.LOG
-    deadline = time.monotonic() + 600
-    while not (log.exists() and "waiting" in log.read_text()):
-        assert process.poll() is None, process.communicate(timeout=600)
-        assert time.monotonic() < deadline, f"nothing waits in {log}"
-        time.sleep(0.05)
-    process.send_signal(signum)
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == sweep.INTERRUPTED and "run the same command again" in err
+    with processes.started([sys.executable, "-c", program, *fake.argv()]) as process:
+        processes.wait_until(lambda: log.exists() and "waiting" in log.read_text(), process)
+        process.send_signal(signum)
+        err = processes.end(process, sweep.INTERRUPTED).stderr
+    assert "run the same command again" in err
     assert fake.calls() == names(ALL[0])
 
 

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import re
-import subprocess
 import sys
 import textwrap
 
 import jax
 import numpy as np
+import processes
 import pytest
 from jax import export as jax_export
 
@@ -88,10 +88,7 @@ for n in (1, 5):
 print(sorted({{"siglip", "flax", "ml_dtypes"}} & {{m.partition(".")[0] for m in sys.modules}}))
 """
     # Isolated: neither PYTHONPATH nor the folder of the call is looked into for modules.
-    ran = subprocess.run(
-        [sys.executable, "-I", "-c", program], cwd=folder, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
+    ran = processes.run([sys.executable, "-I", "-c", program], cwd=folder)
     assert ran.stdout.strip() == "['ml_dtypes']"  # which is jax's own
     for n in (1, 5):
         images, texts = inputs(n)

@@ -4,12 +4,12 @@ import dataclasses
 import io
 import logging
 import pathlib
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from jax.sharding import AxisType
 from PIL import Image
@@ -392,8 +392,7 @@ model = siglip.load({str(folder)!r})
 assert model.encode_text("a").shape == (32,)
 print([name for name in {HEAVY} if name in sys.modules])
 """
-    argv = [sys.executable, "-c", code]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = processes.run([sys.executable, "-c", code], cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 

@@ -1,8 +1,9 @@
 """Importing siglip and calling a model leave the user's process as it was."""
 
 import pathlib
-import subprocess
 import sys
+
+import processes
 
 import siglip
 from siglip import checkpoints
@@ -94,8 +95,7 @@ assert model.similarity(images, ["a", "a text that is too long"]).logit.shape ==
 check("encoding")
 print("unchanged")
 """
-    argv = [sys.executable, "-c", code]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = processes.run([sys.executable, "-c", code], cwd=ROOT)
     assert done.stdout == "unchanged\n", done.stderr
 
 
@@ -121,6 +121,5 @@ for name, change in {{
         raise SystemExit(f"{{name}} is not compared")
 print("seen")
 """
-    argv = [sys.executable, "-c", code]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = processes.run([sys.executable, "-c", code], cwd=ROOT)
     assert done.stdout == "seen\n", done.stderr

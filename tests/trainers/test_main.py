@@ -4,10 +4,10 @@ import json
 import pathlib
 import re
 import signal
-import subprocess
 import sys
 
 import jax
+import processes
 import pytest
 
 import main as program
@@ -148,11 +148,9 @@ def test_help_is_a_screen(capsys):
 def test_as_a_program_a_mistake_leaves_one_line_and_nothing_else(tmp_path):
     (tmp_path / "tiny.py").write_text(CONFIG)
     command = [sys.executable, str(MAIN), f"--config={tmp_path}/tiny.py", "--workdir=w"]
-    done = subprocess.run(
-        [*command, "--config.input.bach_size=3"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (program.MISTAKE, "")
-    assert done.stderr == (
+    command += ["--config.input.bach_size=3"]
+    done = processes.run(command, cwd=tmp_path, code=program.MISTAKE)
+    assert done.stdout == "" and done.stderr == (
         "error: unknown key --config.input.bach_size; the nearest: --config.input.batch_size\n"
     )
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] in ([], ["__pycache__"])
@@ -181,8 +179,7 @@ def test_as_a_program_it_trains_on_emulated_devices_and_evaluates_again(tmp_path
     (tmp_path / "tiny.py").write_text(TINY)
     python = [sys.executable, str(MAIN), "--workdir=w"]
     for flag in (f"--config={tmp_path}/tiny.py", "--eval_only"):
-        done = subprocess.run([*python, flag], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == program.DONE, done.stderr
+        processes.run([*python, flag], cwd=tmp_path, code=program.DONE)
         results = json.loads((tmp_path / "w/results.json").read_text())
         assert results["loss"]["loss"]["value"] > 0
         (tmp_path / "w/results.json").unlink()
@@ -194,13 +191,10 @@ def test_as_a_program_it_trains_on_emulated_devices_and_evaluates_again(tmp_path
 def test_a_signal_before_the_first_step_is_exit_code_85(tmp_path, signum):
     (tmp_path / "tiny.py").write_text(TINY)
     command = [sys.executable, str(MAIN), f"--config={tmp_path}/tiny.py", "--workdir=w"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline().startswith("distributed: no")
-    process.send_signal(signum)
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == program.INTERRUPTED, err
+    with processes.started(command, cwd=tmp_path) as process:
+        processes.read_until(process, "distributed: no")
+        process.send_signal(signum)
+        err = processes.end(process, program.INTERRUPTED).stderr
     assert "run the same command again to go on" in err
 
 

@@ -5,12 +5,12 @@ import io
 import json
 import os
 import pathlib
-import subprocess
 import sys
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import processes
 
 import main as program
 from siglip.leaf_names import leaves
@@ -84,37 +84,16 @@ class Tiny:
         config = f"--config={self.config}:evals={evals}"
         return [sys.executable, str(MAIN), config, f"--workdir={workdir}", *flags]
 
-    def start(self, command: list[str]) -> subprocess.Popen:
+    def started(self, command: list[str]):
         """The command as a program, on as many devices as config.mesh.cpu_devices says."""
         flags = (f for f in os.environ["XLA_FLAGS"].split() if not f.startswith(SET_BY_MAIN))
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=os.environ | {"XLA_FLAGS": " ".join(flags)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        environment = os.environ | {"XLA_FLAGS": " ".join(flags)}
+        return processes.started(command, cwd=self.folder, env=environment)
 
-
-def wait_for(process: subprocess.Popen, text: str) -> None:
-    """Reads lines of its output up to the one with the text."""
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if text in line:
-            return
-    raise AssertionError(f"no {text!r} in\n{''.join(seen)}\n{process.stderr.read()}")
-
-
-def end(process: subprocess.Popen, code: int) -> tuple[str, str]:
-    """(rest of stdout, stderr) of a process that ends with the code."""
-    try:
-        out, err = process.communicate(timeout=600)
-    finally:
-        process.kill()
-    assert process.returncode == code, (process.returncode, out[-3000:], err[-3000:])
-    return out, err
+    def ended(self, command: list[str]) -> str:
+        """What the command as a program prints until it is done."""
+        with self.started(command) as process:
+            return processes.end(process, program.DONE).stdout
 
 
 def events(workdir: pathlib.Path) -> list[dict]:

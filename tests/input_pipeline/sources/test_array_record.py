@@ -3,11 +3,11 @@
 import concurrent.futures
 import pathlib
 import re
-import subprocess
 import sys
 
 import fsspec
 import numpy as np
+import processes
 import pytest
 from array_record.python.array_record_module import (  # pyright: ignore[reportMissingImports]
     ArrayRecordWriter,
@@ -274,6 +274,5 @@ def test_reading_imports_no_tensorflow(tmp_path):
         f"assert ArrayRecord(path={path!r})[0]['texts'] == ['caption 0 0 é']\n"
         "print([m for m in ('tensorflow', 'torch') if m in sys.modules])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = processes.run([sys.executable, "-c", code])
     assert done.stdout.split() == ["[]"]

@@ -4,10 +4,10 @@ import concurrent.futures
 import io
 import re
 import shutil
-import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -239,6 +239,5 @@ def test_reading_imports_no_tensorflow(data_dir):
         "assert s[0]['image'][:4] == bytes([0x89]) + b'PNG'\n"
         "print([m for m in ('tensorflow', 'torch') if m in sys.modules])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = processes.run([sys.executable, "-c", code])
     assert done.stdout.split() == ["[]"]

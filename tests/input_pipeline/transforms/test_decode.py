@@ -3,11 +3,11 @@
 import io
 import pathlib
 import struct
-import subprocess
 import sys
 import zlib
 
 import numpy as np
+import processes
 import pytest
 from PIL import Image
 
@@ -236,6 +236,6 @@ except BadExample as error:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
 """
     command = [sys.executable, "-c", code, str(tmp_path / "bomb")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = processes.run(command, cwd=ROOT)
     kilobytes, _, message = done.stdout.partition(" ")
     assert message.startswith("image too large") and int(kilobytes) < 50_000, done.stderr

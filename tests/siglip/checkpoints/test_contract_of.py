@@ -1,9 +1,9 @@
 """siglip.checkpoints.contract_of: the contract of whatever read reads, without its arrays."""
 
-import subprocess
 import sys
 
 import huggingface_hub
+import processes
 import pytest
 from tiny_models import TINY, one_line, tiny
 
@@ -102,4 +102,4 @@ def test_no_jax_backend_is_started(tmp_path):
         "assert not xla_bridge.backends_are_initialized()\n"
     )
     root = convert.__file__.partition("/siglip/checkpoints/")[0]
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=300)
+    processes.run([sys.executable, "-c", code], cwd=root)

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from typing import Any
 
+import processes
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -26,10 +27,11 @@ class Peer:
         """The action's result. Raises AssertionError with what the peer says where it fails."""
         assert self._process.stdin is not None and self._process.stdout is not None
         request = json.dumps({"action": action, **arguments}, default=str)  # of paths
-        with contextlib.suppress(BrokenPipeError):  # no answer either, then
-            self._process.stdin.write(request + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
+        with processes.limited(self._process):
+            with contextlib.suppress(BrokenPipeError):  # no answer either, then
+                self._process.stdin.write(request + "\n")
+                self._process.stdin.flush()
+            line = self._process.stdout.readline()
         answer = json.loads(line) if line else {"failed": self._log.read_text()[-2000:]}
         if isinstance(answer, dict) and "failed" in answer:
             raise AssertionError(f"{action} of the peer failed:\n{answer['failed']}")
@@ -45,13 +47,8 @@ def peer():
     with (
         tempfile.TemporaryDirectory() as folder,
         open(pathlib.Path(folder) / "log", "w+") as log,
-        subprocess.Popen(
-            [str(PYTHON), str(PEER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=environment,
+        processes.started(
+            [PYTHON, PEER], deadline=False, stdin=subprocess.PIPE, stderr=log, env=environment
         ) as process,
     ):
         ask = Peer(process, pathlib.Path(log.name))

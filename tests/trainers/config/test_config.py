@@ -3,9 +3,9 @@
 import json
 import pathlib
 import re
-import subprocess
 import sys
 
+import processes
 import pytest
 
 from base.errors import UserError
@@ -491,7 +491,7 @@ def test_checking_starts_no_backend(tmp_path):
         "jax.config.update('jax_num_cpu_devices', c.mesh.cpu_devices)  # raises if one runs\n"
         "print(jax.device_count())\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = processes.run([sys.executable, "-c", program])
     assert done.stdout.split()[-1:] == ["3"], done.stderr
 
 
@@ -503,7 +503,7 @@ def test_a_config_file_needs_nothing_but_ml_collections():
         "ours = {'jax', 'trainers', 'siglip', 'input_pipeline', 'evaluators'} & set(sys.modules)\n"
         "assert not ours, ours\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    processes.run([sys.executable, "-c", program])
 
 
 def test_a_block_that_names_no_child_gets_the_initial_ones(config_file, monkeypatch):

@@ -1,10 +1,11 @@
 """One process or several: decided from recorded environments; two real processes on a CPU."""
 
+import contextlib
 import re
 import socket
-import subprocess
 import sys
 
+import processes
 import pytest
 
 from base.errors import UserError
@@ -203,22 +204,14 @@ def two_processes(*args: str) -> tuple[int, list[tuple[int, str, str]]]:
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": "2",
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, *args],
-            env=env | {"JAX_PROCESS_ID": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        shown = [process.communicate(timeout=600) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return port, [(process.returncode, *out) for process, out in zip(processes, shown)]
+    command = [sys.executable, "-c", PROCESS, *args]
+    with contextlib.ExitStack() as running:
+        two = [
+            running.enter_context(processes.started(command, env=env | {"JAX_PROCESS_ID": str(i)}))
+            for i in range(2)
+        ]
+        shown = [process.communicate() for process in two]
+    return port, [(process.returncode, *out) for process, out in zip(two, shown)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/net to see who listens where")
@@ -234,6 +227,6 @@ def test_two_processes_on_a_cpu_meet_on_loopback():
 @pytest.mark.slow
 @pytest.mark.parametrize("leaver", [0, 1])
 def test_a_process_with_a_mistake_of_its_own_ends_all_soon_and_keeps_its_exit_code(leaver):
-    # The time-out of two_processes is below the heartbeat's: nobody waits that one out.
+    # The deadline of a process is below the heartbeat's: nobody waits that one out.
     _, ends = two_processes(str(leaver))
     assert ends[leaver][0] == 2 and ends[1 - leaver][0] != 0, ends

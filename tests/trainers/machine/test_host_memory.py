@@ -1,8 +1,8 @@
 """Freed buffers stay with the process: the next step faults no pages in."""
 
-import subprocess
 import sys
 
+import processes
 import pytest
 
 CODE = """
@@ -24,7 +24,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(mode: str) -> int:
-    out = subprocess.run([sys.executable, "-c", CODE, mode], capture_output=True, text=True)
+    out = processes.run([sys.executable, "-c", CODE, mode])
     if "no glibc" in out.stdout:
         pytest.skip("this platform's C library has no mallopt")
     return int(out.stdout)

@@ -1,11 +1,12 @@
 """Two processes with two devices each, on one file system."""
 
+import contextlib
 import os
 import pathlib
 import socket
-import subprocess
 import sys
 
+import processes
 from tiny_state import abstract, assert_same, make_state, on_disk
 
 from trainers.state.restoring import restore_state
@@ -23,24 +24,19 @@ def test_two_processes_save_and_restore_as_one(tmp_path):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(index), port, str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n\n".join(outputs)
-    assert all("both agree" in output for output in outputs)
-    assert sum("going on from step 20" in output for output in outputs) == 1  # process 0 warns
+    with contextlib.ExitStack() as running:
+        two = [
+            running.enter_context(
+                processes.started(
+                    [sys.executable, str(SCRIPT), str(index), port, str(tmp_path)], env=environment
+                )
+            )
+            for index in range(2)
+        ]
+        ends = [processes.end(process) for process in two]
+    assert all("both agree" in end.stdout for end in ends)
+    # Process 0 warns.
+    assert sum("going on from step 20" in end.stdout + end.stderr for end in ends) == 1
 
     # One process with other devices goes on from it.
     assert on_disk(tmp_path / "checkpoints") == [10, 20, 30]
