@@ -418,7 +418,7 @@ def test_what_does_not_fit_is_one_line_before_any_training(tiny, tmp_path, capsy
 def test_a_workdir_of_another_configuration_is_left_alone(tiny, whole, capsys):
     before = (whole.workdir / "config.json").read_bytes()
     assert tiny.main(whole.workdir, "--config.lr=0.5", evals="val+retrieval+zeroshot") == 2
-    assert "holds a run of another configuration: lr: there 0.001, here 0.5 (" in (
+    assert "holds a run of another configuration: config.lr: there 0.001, here 0.5 (" in (
         capsys.readouterr().err
     )
     assert (whole.workdir / "config.json").read_bytes() == before
