@@ -1,16 +1,17 @@
 """Runs on every format and on mixtures: the same numbers, and exact when they go on."""
 
+import contextlib
+import io
 import os
 import shlex
 import signal
-import subprocess
-import sys
 
 import pytest
-from tiny_run import MAIN, STEPS, TEMPLATE, Tiny, assert_same_state, deterministic, losses, saved
+from tiny_run import STEPS, TEMPLATE, Tiny, assert_same_state, deterministic, losses, saved
 
 import main as program
 from input_pipeline import loader
+from input_pipeline.convert import __main__ as convert
 
 pytestmark = pytest.mark.slow
 FORMATS = ("files", "webdataset", "array_record", "parquet")
@@ -26,14 +27,13 @@ def tiny(tmp_path_factory):
 def converted(emoji_tiny, tmp_path):
     """The flags that train on the emoji set in a format, as the converter prints them."""
 
-    def convert(to):
-        command = [sys.executable, "-m", "input_pipeline.convert", "files", f"--to={to}"]
-        command += [f"path={emoji_tiny}", *ENGLISH, f"--out={tmp_path / to}"]
-        done = subprocess.run(command, cwd=MAIN.parent, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
-        return shlex.split(done.stdout.partition("train with it:")[2])
+    def flags(to):
+        words = ["files", f"path={emoji_tiny}", *ENGLISH, f"--to={to}", f"--out={tmp_path / to}"]
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert convert.main(words) == 0
+        return shlex.split(out.getvalue().partition("train with it:")[2])
 
-    return convert
+    return flags
 
 
 def test_every_format_trains_to_the_same_parameters(tiny, converted, tmp_path):

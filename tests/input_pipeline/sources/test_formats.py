@@ -1,15 +1,15 @@
 """The same data in every format are the same batches."""
 
-import pathlib
+import contextlib
+import io
 import shlex
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from base.command_line import split_overrides
 from input_pipeline import loader
+from input_pipeline.convert import __main__ as convert
 from input_pipeline.sources.from_words import make_source
 from input_pipeline.sources.registry import SOURCES
 from input_pipeline.transforms.preprocess import make_preprocess
@@ -19,7 +19,6 @@ from trainers.config import complete
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
 FORMATS = ("files", "webdataset", "array_record", "parquet")
 SETS = {
     "emoji_ml": ("language_column=languages", "languages='en',", "label_column=class"),
@@ -41,11 +40,10 @@ def converted(request, shared_data, tmp_path_factory):
     spec = ["files", f"path={table}/pairs.jsonl", *SETS[request.param]]
     (folder / "c.py").write_text(CONFIG)
     for to in FORMATS:
-        command = [sys.executable, "-m", "input_pipeline.convert", *spec, f"--to={to}"]
-        command += [f"--out={folder / to}", "--shard_examples=500"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
-        flags = shlex.split(done.stdout.partition("train with it:")[2])
+        words = [*spec, f"--to={to}", f"--out={folder / to}", "--shard_examples=500"]
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert convert.main(words) == 0
+        flags = shlex.split(out.getvalue().partition("train with it:")[2])
         overrides, rest = split_overrides(flags)
         assert not rest
         block = complete.load(str(folder / "c.py"), overrides).input.source.to_dict()
