@@ -22,8 +22,8 @@ def started(
     It is also killed after DEADLINE, unless the block limits its waits itself. That ends every wait
     for it, for its end or for a line of output. It leads a group: what it has started ends with it.
     """
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, process_group=0, **(pipes | options)) as process:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    with subprocess.Popen(command, text=True, process_group=0, **options) as process:
         try:
             with limited(process) if deadline else contextlib.nullcontext():
                 yield process
