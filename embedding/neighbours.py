@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from base.errors import UserError
 from siglip.sharding import local_mesh, replicated, to_device
@@ -69,7 +69,9 @@ def _make_step(mesh: Mesh, k: int):
     """A jitted function (queries, chunk, its number, *best so far) -> best of both."""
     split = PartitionSpec(mesh.axis_names)
 
-    def local(queries, z, real) -> tuple[Array, Array]:
+    def local(
+        queries: Float[Array, "m d"], z: Float[Array, "n d"], real: Bool[Array, " n"]
+    ) -> tuple[Float[Array, "m k"], Int[Array, "m k"]]:
         # 'highest': bf16 or TF32 passes would tie and swap near neighbours.
         scores = jnp.matmul(queries, z.astype(jnp.float32).T, precision="highest")
         scores = jnp.where(real[None, :], scores, -jnp.inf)
@@ -95,13 +97,15 @@ def _make_step(mesh: Mesh, k: int):
     return jax.jit(step, out_shardings=replicated(mesh))
 
 
-def _no_neighbours(m: int, k: int, mesh: Mesh) -> tuple[Array, Array, Array]:
-    """Scores, chunks and places [m, k] that any neighbour beats."""
+def _no_neighbours(
+    m: int, k: int, mesh: Mesh
+) -> tuple[Float[Array, "m k"], Int[Array, "m k"], Int[Array, "m k"]]:
+    """Scores, chunks and places that any neighbour beats."""
     scores, places = np.full((m, k), -np.inf, np.float32), np.zeros((m, k), np.int32)
     return jax.device_put((scores, places, places), replicated(mesh))
 
 
-def _blocks(queries: np.ndarray, sharding) -> list[Array]:
+def _blocks(queries: Float[np.ndarray, "m d"], sharding) -> list[Float[Array, "block d"]]:
     size = max(1, min(QUERIES, len(queries)))
     starts = range(0, max(1, len(queries)), size)
     parts = [_pad(np.asarray(queries[i : i + size], np.float32), size) for i in starts]
@@ -114,7 +118,7 @@ def _chunk_rows(n: int, queries: int, devices: int) -> int:
     return min(most, -(-n // devices)) * devices
 
 
-def _pad(x: np.ndarray, rows: int) -> np.ndarray:
+def _pad(x: Float[np.ndarray, "n d"], rows: int) -> Float[np.ndarray, "rows d"]:
     return np.pad(x, [(0, rows - len(x)), (0, 0)])
 
 

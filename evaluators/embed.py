@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from base.errors import UserError
 from evaluators.strict_source import ADVICE
@@ -40,7 +40,7 @@ class Embedder:
 
         self._embed = jax.jit(embed, out_shardings=replicated(mesh))
 
-    def images(self, params, examples: Sequence) -> Float[np.ndarray, "n d"]:
+    def images(self, params, examples: loader.Examples) -> Float[np.ndarray, "n d"]:
         """zimg of the examples, in their order."""
         fn = functools.partial(eval_image, self._preprocess)
         return self.rows(params, examples, fn)["z"]
@@ -50,7 +50,9 @@ class Embedder:
         rows = self.rows(params, list(tokens.distinct), lambda ids: {"text": ids})
         return rows["z"][tokens.index]
 
-    def rows(self, params, examples: Sequence, fn: Callable[[Any], dict]) -> dict[str, np.ndarray]:
+    def rows(
+        self, params, examples: loader.Examples, fn: Callable[[Any], dict]
+    ) -> dict[str, np.ndarray]:
         """Embeds the image or the 'text' of fn(example); every other array of it passes through.
 
         Args:
@@ -89,7 +91,7 @@ def _real_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {key: value[mask] for key, value in batch.items()}
 
 
-def host_batches(examples: Sequence, fn: Callable, batch_size: int) -> loader.Batches:
+def host_batches(examples: loader.Examples, fn: Callable, batch_size: int) -> loader.Batches:
     """This process's rows of batches of `batch_size`, each example once and the last batch padded.
 
     Raises:
@@ -146,7 +148,9 @@ def tokenize(preprocess, texts: Sequence[str]) -> Tokens:
     return Tokens(*unique_rows(np.stack([preprocess.text(text) for text in texts])))
 
 
-def unique_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def unique_rows(
+    x: Shaped[np.ndarray, "n l"],
+) -> tuple[Shaped[np.ndarray, "u l"], Int[np.ndarray, " n"]]:
     """(distinct rows in order of first appearance, int32 index) with x == distinct[index]."""
     seen: dict[bytes, int] = {}
     index = np.array([seen.setdefault(row.tobytes(), len(seen)) for row in x], np.int32)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from base.errors import UserError
 from evaluators.embed import eval_image, fetch, host_batches
@@ -48,7 +48,7 @@ class Evaluator:
         self._chance = loss_fn.chance
         self.protocol = f"{len(source)} pairs (first captions) in batches of {batch_size}"
 
-        def loss(params, batch: dict[str, Array]) -> tuple[Array, Array]:
+        def loss(params, batch: dict[str, Array]) -> tuple[Float[Array, ""], Int[Array, ""]]:
             zimg, ztxt, scalars = model.apply(
                 {"params": params}, image=images_of(batch), text=batch["text"], train=False
             )

@@ -64,7 +64,12 @@ class Ranker:
         return np.concatenate(ranks)[: len(queries)]
 
 
-def _chunk_ranks(queries, query_group, candidates, candidate_group):
+def _chunk_ranks(
+    queries: Float[Array, "n d"],
+    query_group: Int[Array, " n"],
+    candidates: Float[Array, "m d"],
+    candidate_group: Int[Array, " m"],
+) -> Int[Array, " n"] | Int[np.ndarray, " n"]:
     # 'highest': bf16 or TF32 passes would tie and swap near neighbours. One matmul gives a query's
     # similarities to all candidates, so equal candidates tie exactly.
     sims = jnp.matmul(queries, candidates.T, precision="highest")

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Real
+from jaxtyping import Float, Int, Real
 
 from base.errors import UserError
 from evaluators.embed import Embedder, Tokens, tokenize
@@ -83,7 +83,7 @@ class Evaluator:
             yield f"t2i_R@{k}", _recall(t2i, k), t2i_chance(k, len(zimg))
 
     @functools.cached_property
-    def _texts(self) -> tuple[Tokens, np.ndarray]:
+    def _texts(self) -> tuple[Tokens, Int[np.ndarray, " n_texts"]]:
         """All texts, and the index of each one's image. Read once, in the first run."""
 
         def texts_of(i: int) -> list[str]:
@@ -103,7 +103,7 @@ class Evaluator:
         ), image_of_text
 
 
-def _recall(ranks: np.ndarray, k: int) -> float:
+def _recall(ranks: Int[np.ndarray, " n"], k: int) -> float:
     return float(np.mean(ranks < k))
 
 
@@ -112,7 +112,7 @@ def t2i_chance(k: int, n_images: int) -> float:
     return min(k / n_images, 1.0)
 
 
-def i2t_chance(k: int, image_of_text: Sequence[int] | np.ndarray) -> float:
+def i2t_chance(k: int, image_of_text: Sequence[int] | Int[np.ndarray, " n_texts"]) -> float:
     """R@k of a random order of the M texts: mean over images of 1 - C(M - c, k) / C(M, k).
 
     c is the number of the image's texts; an image has at least one.
@@ -128,7 +128,7 @@ def i2t_chance(k: int, image_of_text: Sequence[int] | np.ndarray) -> float:
 
 def text_to_image_retrieval_eval(
     dist_matrix: Real[np.ndarray, "n_images n_texts"],
-    text_image_correspondence: Sequence[int] | np.ndarray,
+    text_image_correspondence: Sequence[int] | Int[np.ndarray, " n_texts"],
 ) -> dict[str, float]:
     """Recall of a matrix of distances (small is near), by big_vision's contract of this name.
 
@@ -148,14 +148,14 @@ def text_to_image_retrieval_eval(
 
 def image_to_text_retrieval_eval(
     dist_matrix: Real[np.ndarray, "n_images n_texts"],
-    text_image_correspondence: Sequence[int] | np.ndarray,
+    text_image_correspondence: Sequence[int] | Int[np.ndarray, " n_texts"],
 ) -> dict[str, float]:
     """As text_to_image_retrieval_eval, for images as queries: any of an image's texts is a hit."""
     images, texts = np.arange(len(dist_matrix)), np.asarray(text_image_correspondence)
     return _recalls(best_match_ranks(_similarity(dist_matrix), images, texts))
 
 
-def _similarity(dist_matrix: np.ndarray) -> np.ndarray:
+def _similarity(dist_matrix: Real[np.ndarray, "n m"]) -> Float[np.ndarray, "n m"]:
     dist_matrix = np.asarray(dist_matrix, np.float64)
     if np.isnan(dist_matrix).any():
         raise ValueError("dist_matrix has NaN, which has no rank")

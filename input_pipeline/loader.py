@@ -6,7 +6,7 @@ a run is one integer, the step, and starting at step 10^6 costs as much as start
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import cv2
 import grain
@@ -28,6 +28,15 @@ from input_pipeline.transforms.corrupt import Corruption
 CHUNK = 32
 NUM_THREADS = 8  # with more, the Python code of a row, which holds the GIL, is the limit
 PREFETCH = 4
+
+
+@runtime_checkable
+class Examples(Protocol):
+    """A source, a list or an array: anything that has a length and examples by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Any: ...
 
 
 def train_batches(
@@ -165,7 +174,7 @@ class _Positions:
 
 
 def eval_batches(
-    examples: Sequence,
+    examples: Examples,
     fn: Callable[[Any], dict[str, np.ndarray]],
     *,
     batch_size: int,

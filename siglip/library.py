@@ -8,7 +8,7 @@ import collections
 import logging
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -181,7 +181,7 @@ class Model:
         return self.preprocess.truncated
 
     def encode_image(
-        self, images: ImageLike | Sequence[ImageLike], output: str = "embedding"
+        self, images: ImageLike | Iterable[ImageLike], output: str = "embedding"
     ) -> Any:
         """Embeddings of images, or what leads to them.
 
@@ -224,7 +224,7 @@ class Model:
         rows = self._rows(len(items), make, "image", output)
         return rows if many else jax.tree.map(lambda x: x[0], rows)
 
-    def encode_text(self, texts: str | Sequence[str], output: str = "embedding") -> Any:
+    def encode_text(self, texts: str | Iterable[str], output: str = "embedding") -> Any:
         """Embeddings of texts, or what leads to them: [d] of one text, [n, d] of a list of them.
 
         Lower-cased, padded to the full length and cut with EOS kept, as the model was trained;

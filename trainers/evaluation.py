@@ -31,7 +31,7 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
       UserError: there is no checkpoint, or it does not fit.
     """
     workdir = pathlib.Path(workdir)
-    start = find_start(str(workdir), init=config.init)
+    start = find_start(workdir, init=config.init)
     if start.kind == "scratch":
         raise UserError(
             f"{workdir} holds no checkpoint to evaluate; train first, or pass --config and "

@@ -75,7 +75,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
     )
     with contextlib.ExitStack() as closing:
         checkpoints = Checkpoints(
-            str(workdir),
+            workdir,
             every=plan.save_every,
             keep_last=config.checkpoint.keep_last,
             keep_every=plan.keep_every,

@@ -308,7 +308,7 @@ def test_an_image_that_cannot_be_read_is_named_in_one_line(bad, told, model):
         model.encode_image([NOISE[0], bad, NOISE[1]])
 
 
-def test_other_mistakes_are_one_line(model, folder, tmp_path):
+def test_other_mistakes_are_one_line(model, folder, tmp_path, unchecked_shapes):
     for call, told in (
         (lambda: model.encode_image(7), "one or many are taken, not a int"),
         (lambda: model.encode_text(7), "one or many are taken, not a int"),

@@ -34,7 +34,12 @@ class Checkpoints:
     """
 
     def __init__(
-        self, workdir: str, *, every: int | None, keep_last: int, keep_every: int | None
+        self,
+        workdir: str | pathlib.Path,
+        *,
+        every: int | None,
+        keep_last: int,
+        keep_every: int | None,
     ) -> None:
         if keep_last < 1:
             raise UserError(f"config.checkpoint.keep_last must be at least 1, not {keep_last}")

@@ -28,7 +28,11 @@ class Start:
     step: int | None = None
 
 
-def find_start(workdir: str, resume: str | None = None, init: str | None = None) -> Start:
+def find_start(
+    workdir: str | pathlib.Path,
+    resume: str | pathlib.Path | None = None,
+    init: str | pathlib.Path | None = None,
+) -> Start:
     """Which checkpoint wins:
 
     1. the newest of the workdir: the same command goes on with its own run;
@@ -82,7 +86,7 @@ def begin(
       UserError: the checkpoint cannot be read, or does not fit the model, the data or the plan.
     """
     config = setup.config
-    start = find_start(str(workdir), config.resume, config.init)
+    start = find_start(workdir, config.resume, config.init)
     if config.fresh and not config.resume:
         raise UserError("config.fresh says what of config.resume's run starts fresh; set that too")
     step, saved, notes = 0, {}, []

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from siglip.objectives.objective import Objective, Part, objective_key
 from siglip.sharding import batch_sharding, replicated
@@ -33,8 +33,8 @@ class Outcome:
       stats: name -> sums over the batch for Objective.carry.
     """
 
-    loss: Array
-    losses: dict[str, Array]
+    loss: Float[Array, ""]
+    losses: dict[str, Float[Array, ""]]
     grads: PyTree
     z: dict[str, dict[str, Array]]
     stats: dict[str, PyTree]

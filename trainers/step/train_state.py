@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,11 @@ from trainers.step.averaging import Average
 NONE = 2**31 - 1
 
 
+# Tests do not hold the fields of the two classes to their types: where JAX maps over a state, they
+# are shapes, shardings or placeholders.
+
+
+@no_type_check
 @struct.dataclass
 class TrainState:
     step: Int[Array, ""]  # updates so far
@@ -29,6 +34,7 @@ class TrainState:
     carried: PyTree  # objective name -> what it hands from step to step without a gradient
 
 
+@no_type_check
 @struct.dataclass
 class Tally:
     """Counts that must not be missed between two log lines, kept on the device."""

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from input_pipeline.errors import KINDS
 from siglip.losses.facts import facts
@@ -27,7 +27,7 @@ def make_update(
     model: Any,
     objectives: Mapping[str, Objective],
     tx: optax.GradientTransformation,
-    schedule: Callable[[Any], Array],
+    schedule: Callable[[Any], Float[Array, ""]],
     frozen: PyTree,
     mesh: jax.sharding.Mesh,
     state_sharding: TrainState,
@@ -118,12 +118,20 @@ def make_update(
     return update
 
 
-def _next_carried(objectives, carried, stats, mask) -> dict[str, PyTree]:
+def _next_carried(
+    objectives, carried: PyTree, stats: PyTree, mask: Bool[Array, " n"]
+) -> dict[str, PyTree]:
     count = jnp.maximum(mask.sum(), 1)
     return {name: objectives[name].carry(old, stats[name], count) for name, old in carried.items()}
 
 
-def _metrics(objectives, outcome: Outcome, params, facts, logged) -> dict[str, Array]:
+def _metrics(
+    objectives: Mapping[str, Objective],
+    outcome: Outcome,
+    params: PyTree,
+    facts: dict[str, Array],
+    logged: Bool[Array, ""],
+) -> dict[str, Array]:
     """What the objectives log; with several also objective/NAME, the loss of each. A name that two
     log, or that the step logs itself, gets the objective's name before it."""
     metrics: dict[tuple[str, str], Array] = {}

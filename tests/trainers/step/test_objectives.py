@@ -14,7 +14,7 @@ from siglip.objectives.objective import Objective, Part, Rows, objective_key
 from siglip.sharding import make_mesh, to_device
 from siglip.towers.two_towers import make_model
 from trainers.step.averaging import Average
-from trainers.step.microbatches import Objectives
+from trainers.step.microbatches import Objectives, Outcome
 from trainers.step.train_state import TrainState, init_params, make_state, new_tally, with_params
 from trainers.step.update import _metrics, make_update
 
@@ -308,11 +308,12 @@ def test_mistakes_of_an_objective_are_named(model, mesh, objectives, batch):
 def test_a_metric_of_an_objective_never_hides_that_of_the_step_or_of_another():
     def logging(**scalars):
         rows = lambda *_: Rows()  # noqa: E731
-        return Objective(rows, metrics=lambda z, params, facts, logged: scalars)
+        metrics = {name: jnp.float32(value) for name, value in scalars.items()}
+        return Objective(rows, metrics=lambda z, params, facts, logged: metrics)
 
     terms = {"a": logging(loss=1, own=2, same=3), "b": logging(same=4)}
-    losses = {"a": 5, "b": 6}
-    outcome = types.SimpleNamespace(z={"a": {}, "b": {}}, losses=losses)
-    assert _metrics(terms, outcome, {}, {}, True) == {
+    losses = {"a": jnp.float32(5), "b": jnp.float32(6)}
+    outcome = Outcome(jnp.float32(11), losses, grads={}, z={"a": {}, "b": {}}, stats={})
+    assert _metrics(terms, outcome, {}, {}, jnp.bool_(True)) == {
         "a/loss": 1, "own": 2, "a/same": 3, "b/same": 4, "objective/a": 5, "objective/b": 6
     }  # fmt: skip
