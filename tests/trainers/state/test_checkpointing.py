@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.serialization import serialization
 from tiny_state import DATA, abstract, assert_same, make_state, on_disk, saved, shardings
 
@@ -165,3 +166,16 @@ def test_what_was_half_written_is_removed_at_the_start(tmp_path, make):
     again.save(20, make_state(20), DATA)
     again.wait()
     assert not stale.exists()
+
+
+def test_a_save_of_one_process_compiles_nothing(make, caplog):
+    """Orbax would compile a slice of each array for each device that holds a copy."""
+    devices = jax.sharding.Mesh(jax.devices(), ("data",))
+    state = jax.device_put(make_state(0.1), NamedSharding(devices, PartitionSpec()))
+    checkpoints = make()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        jnp.add(np.ones(77), 1)  # a new program, as a check of the check
+        checkpoints.save(1, state, DATA)
+        checkpoints.wait()
+    assert [r.args[0] for r in caplog.records if "Compiling" in r.msg] == ["jit(add)"]
+    assert_same(checkpoints.restore(abstract(8))[0], state)
