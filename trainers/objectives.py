@@ -13,6 +13,8 @@ from siglip.losses.pairs import log_odds
 from siglip.objectives import OBJECTIVES
 from siglip.objectives.contrastive import make_contrastive
 from siglip.objectives.objective import Objective
+from siglip.towers.precomputed import Precomputed
+from siglip.towers.transformer import check_capture
 from siglip.towers.two_towers import TwoTowers
 from trainers.data import mistakes_of, without
 
@@ -38,8 +40,21 @@ def make_objectives(
                 objective = make_contrastive(model, mesh, losses[-1])
             else:
                 objective = OBJECTIVES[block.name](model, mesh, **options)
+            _check_capture(model, objective.capture)
         objectives[name] = dataclasses.replace(objective, weight=block.weight)
     return objectives, losses[0] if losses else None
+
+
+def _check_capture(model: TwoTowers, capture: tuple[str, ...]) -> None:
+    """Raises ValueError where the model has no such output."""
+    towers = {"img": model.img, "txt": model.txt}
+    for name in capture:
+        tower, _, output = name.partition("/")
+        if isinstance(towers.get(tower), Precomputed):
+            raise ValueError(f"capture {name!r}: a precomputed tower has embeddings only")
+        if tower not in towers:
+            raise ValueError(f"capture {name!r} begins with neither img/ nor txt/")
+        check_capture((output,), towers[tower].depth, towers[tower].pool)
 
 
 def initial_bias(config: Any) -> float | None:

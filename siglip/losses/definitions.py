@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from siglip.losses.facts import FACTS
+from siglip.losses.facts import check_needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +29,7 @@ class Loss:
     needs: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if unknown := [name for name in self.needs if name not in FACTS]:
-            raise ValueError(
-                f"a loss asks for {', '.join(map(repr, unknown))}; facts of a batch are "
-                f"{', '.join(FACTS)} (siglip/losses/facts.py)"
-            )
+        check_needs("a loss", self.needs)
 
     def __call__(self, zimg, ztxt, t, b, mask=None, **facts) -> Float[Array, ""]:
         return self.fn(zimg, ztxt, t, b, mask, **facts)

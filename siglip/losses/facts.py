@@ -11,6 +11,15 @@ from siglip.losses import pairs
 FACTS = ("ids", "seed")
 
 
+def check_needs(what: str, needs: Collection[str]) -> None:
+    """Raises ValueError where `needs` names no fact; `what` says whose needs they are."""
+    if unknown := [name for name in needs if name not in FACTS]:
+        raise ValueError(
+            f"{what} asks for {', '.join(map(repr, unknown))}; facts of a batch are "
+            f"{', '.join(FACTS)} (siglip/losses/facts.py)"
+        )
+
+
 def facts(
     needs: Collection[str], batch: Mapping[str, Array], *, seed: int, step: Int[Array, ""] | int
 ) -> dict[str, Array]:

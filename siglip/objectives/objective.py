@@ -9,13 +9,14 @@ frozen towers, a teacher, and state that is handed from step to step.
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from siglip.losses.facts import check_needs
 from siglip.towers.vit import images_of
 
 Params = dict[str, Any]
@@ -27,7 +28,8 @@ class Rows(NamedTuple):
     Attributes:
       z: name -> [n, ...], what `batch` must see of every example. The name, up to a '/', is the
         subtree of the parameters that made it ('img', 'txt', 'decoder', 'img/local'): where that
-        subtree is frozen, z gets no gradient and the loss saves the matmul of it.
+        subtree is frozen, z gets no gradient and the loss saves the matmul of it. So it is with
+        'averaged/...', a teacher's, and with integers.
       total: sum of the objective's loss over the rows whose `mask` is True; the step divides the
         sum over all microbatches by the number of those rows.
       stats: pytree of sums over rows, which `carry` gets, added up over the microbatches.
@@ -54,6 +56,8 @@ class Objective:
         what `needs` names.
       reads: parameters at the top of the tree that `batch` uses beside z, such as 't' and 'b'.
       needs: facts of the batch that `batch` asks for (siglip.losses.facts).
+      capture: outputs of the towers that `rows` uses and that are made only where they are asked
+        for, such as 'img/block:-2' and 'txt/attention'. All objectives' are captured in one pass.
       metrics: (z, params, facts, logged) -> {name: scalar} for the log; what costs much is made
         only `when(logged, ...)`.
       start: () -> the first `carried`, a pytree of arrays.
@@ -62,7 +66,7 @@ class Objective:
       weight: of this term in the loss.
 
     Raises:
-      ValueError: one of start and carry is given without the other.
+      ValueError: one of start and carry is given without the other, or `needs` names no fact.
     """
 
     rows: Callable[..., Rows]
@@ -70,6 +74,7 @@ class Objective:
     batch: Callable[..., Array] | None = None
     reads: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    capture: tuple[str, ...] = ()
     metrics: Callable[..., dict[str, Array]] | None = None
     start: Callable[[], PyTree] | None = None
     carry: Callable[..., PyTree] | None = None
@@ -78,47 +83,59 @@ class Objective:
     def __post_init__(self):
         if (self.start is None) != (self.carry is None):
             raise ValueError("an objective has both start and carry, or neither")
+        check_needs("an objective", self.needs)
 
 
 class Part:
     """One microbatch and the towers.
 
-    Objectives that call a tower with the same parameters and the same `capture` share one forward
-    and one backward pass; another capture is one more pass.
+    Objectives that call a tower with the same parameters share one forward and one backward pass.
 
     Attributes:
       batch: the fields of the batch, [n, ...] each, of these rows: image (image_mask and
         image_shape of NaFlex), text, mask, and row (place in the whole batch).
     """
 
-    def __init__(self, model: Any, batch: Mapping[str, Array], key: Array, place: Callable):
+    def __init__(
+        self,
+        model: Any,
+        batch: Mapping[str, Array],
+        key: Array,
+        place: Callable,
+        capture: Collection[str] = (),
+    ):
+        """Args: see Objectives, which makes parts; `capture` is that of all objectives."""
         self.batch = batch
         self._model, self._key, self._place = model, key, place
+        split = sorted({tuple(name.split("/", 1)) for name in capture})
+        self._capture = {
+            tower: tuple(output for of, output in split if of == tower) for tower in ("img", "txt")
+        }
         self._outputs: list[tuple] = []  # of one trace: a handful
 
-    def img(self, params: Params, capture: tuple[str, ...] = ()) -> tuple[Array, dict[str, Any]]:
+    def img(self, params: Params) -> tuple[Array, dict[str, Any]]:
         """(zimg [n, d] of unit norm, out) of the images, as TwoTowers.encode_image gives them."""
-        return self._once("encode_image", params, images_of(self.batch), capture)
+        return self._once("img", params, images_of(self.batch), "encode_image")
 
-    def txt(self, params: Params, capture: tuple[str, ...] = ()) -> tuple[Array, dict[str, Any]]:
+    def txt(self, params: Params) -> tuple[Array, dict[str, Any]]:
         """(ztxt [n, d] of unit norm, out) of the texts, as TwoTowers.encode_text gives them."""
-        return self._once("encode_text", params, self.batch["text"], capture)
+        return self._once("txt", params, self.batch["text"], "encode_text")
 
-    def _once(self, method: str, params: Params, inputs: Any, capture: tuple[str, ...]) -> Any:
-        for known_params, *known, output in self._outputs:
-            if known_params is params and known == [method, capture]:
+    def _once(self, tower: str, params: Params, inputs: Any, method: str) -> Any:
+        for known_params, known_tower, output in self._outputs:
+            if known_params is params and known_tower == tower:
                 return output
         z, out = self._model.apply(
             {"params": params},
             inputs,
             rows=self.batch["row"],
             train=True,
-            capture=capture,
+            capture=self._capture[tower],
             rngs={"dropout": self._key},
             method=method,
         )
         output = self._place(z), out
-        self._outputs.append((params, method, capture, output))
+        self._outputs.append((params, tower, output))
         return output
 
 

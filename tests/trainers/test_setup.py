@@ -11,6 +11,8 @@ import pytest
 from base.errors import UserError
 from input_pipeline.errors import BadExample
 from input_pipeline.mixture import Mixture
+from siglip import objectives
+from siglip.objectives.objective import Objective, Rows
 from siglip.sharding import make_mesh
 from trainers import data, setup
 from trainers.config import complete
@@ -172,3 +174,20 @@ def test_a_mistake_in_an_evaluator_names_it(changes, message):
     config = load(**{f"evals__{key}": value for key, value in changes.items()})
     with pytest.raises(UserError, match=rf"^config\.evals\.{message}"):
         setup.make_evaluators(setup.make_setup(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("img/blok:0", "'blok:0' is neither 'attention' nor a block"),
+        ("txt/attention", "'attention' needs a tower with attention pooling"),
+        ("image/block:0", "capture 'image/block:0' begins with neither img/ nor txt/"),
+    ],
+)
+def test_an_objective_that_captures_what_no_tower_has_is_one_line(monkeypatch, name, message):
+    factory = lambda model, mesh: Objective(lambda *_: Rows(), capture=(name,))  # noqa: E731
+    monkeypatch.setitem(objectives.OBJECTIVES, "x", factory)
+    config = load(objectives__own__name="x")
+    with pytest.raises(UserError, match=f"^config.objectives.own: {message}") as error:
+        setup.make_setup(config)
+    assert "\n" not in str(error.value)

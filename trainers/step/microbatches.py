@@ -67,27 +67,33 @@ class Objectives:
         rows = functools.partial(self._rows, averaged=state.averaged, carried=state.carried)
         if self.microbatch:
             parts = _split(batch, self.microbatch, self.mesh)
-            z = jax.lax.map(lambda part: rows(state.params, part=part, key=key)[0][0], parts)
+
+            def embed(part):
+                (z, _), (other, _) = rows(state.params, part=part, key=key)
+                return _merged(z, other)
+
+            z = jax.lax.map(embed, parts)
             z = jax.tree.map(functools.partial(_join, mesh=self.mesh), z)
             loss, losses, dz, grads = self._batch(z, state.params, facts)
             dz = jax.tree.map(lambda x: _split(x, self.microbatch, self.mesh), dz)
 
             def add(sums, part_and_dz):
                 part, dz = part_and_dz
-                (_, totals), pullback, stats = jax.vjp(
+                (_, totals), pullback, (_, stats) = jax.vjp(
                     lambda params: rows(params, part=part, key=key), state.params, has_aux=True
                 )
                 more = *pullback((dz, scale)), totals, stats
                 return jax.tree.map(jnp.add, sums, more), None
 
             like = jax.tree.map(lambda x: x[0], parts)
-            (_, totals), stats = jax.eval_shape(lambda: rows(state.params, part=like, key=key))
+            (_, totals), (_, stats) = jax.eval_shape(lambda: rows(state.params, part=like, key=key))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (totals, stats))
             (grads, totals, stats), _ = jax.lax.scan(add, (grads, *zeros), (parts, dz))
         else:
-            (z, totals), pullback, stats = jax.vjp(
+            (z, totals), pullback, (other, stats) = jax.vjp(
                 lambda params: rows(params, part=batch, key=key), state.params, has_aux=True
             )
+            z = _merged(z, other)
             loss, losses, dz, of_batch = self._batch(z, state.params, facts)
             (grads,) = pullback((dz, scale))
             grads = jax.tree.map(jnp.add, grads, of_batch)
@@ -97,7 +103,8 @@ class Objectives:
         return Outcome(loss, losses, grads, z, stats)
 
     def _rows(self, params, averaged, carried, part, key):
-        """((z, totals), stats) of a part, each by the objective's name."""
+        """((z, totals), (other z, stats)) of a part, each by the objective's name; the other z are
+        integers, which have no gradient."""
         # Parameters are gathered, activations stay where their examples are: left alone, XLA would
         # split the layers over `fsdp` and gather the activations of the whole batch.
         params, averaged = jax.lax.with_sharding_constraint(
@@ -106,20 +113,24 @@ class Objectives:
         place = functools.partial(
             jax.lax.with_sharding_constraint, shardings=batch_sharding(self.mesh)
         )
-        part, z, totals, stats = Part(self.model, part, key, place), {}, {}, {}
+        capture = {name for objective in self.terms.values() for name in objective.capture}
+        part = Part(self.model, part, key, place, capture)
+        z, other, totals, stats = {}, {}, {}, {}
         for name, objective in self.terms.items():
-            z[name], total, stats[name] = objective.rows(
+            of, total, stats[name] = objective.rows(
                 params, averaged, carried.get(name, {}), part, objective_key(key, name)
             )
+            z[name] = {k: x for k, x in of.items() if _is_real(x)}
+            other[name] = {k: x for k, x in of.items() if not _is_real(x)}
             totals[name] = jnp.asarray(total, jnp.float32)
-        return (z, totals), jax.lax.stop_gradient(stats)
+        return (z, totals), (other, jax.lax.stop_gradient(stats))
 
     def _batch(self, z, params, facts):
         """Losses of the whole batch: (weighted sum, each, gradients by z, by parameters)."""
         read = {name for objective in self.terms.values() for name in objective.reads}
         read = {name: params[name] for name in sorted(read) if name in params}
         learning = {
-            name: {key: value for key, value in of.items() if self._learns(name, key)}
+            name: {k: x for k, x in of.items() if _is_real(x) and self._learns(name, k)}
             for name, of in z.items()
         }
 
@@ -136,8 +147,10 @@ class Objectives:
         (loss, losses), (dz, dread) = jax.value_and_grad(total, (0, 1), has_aux=True)(
             learning, read
         )
-        zeros = jax.tree.map(jnp.zeros_like, z)
-        dz = {name: {**zeros[name], **dz[name]} for name in z}
+        dz = {
+            name: {k: dz[name].get(k, jnp.zeros_like(x)) for k, x in of.items() if _is_real(x)}
+            for name, of in z.items()
+        }
         return loss, losses, dz, {**jax.tree.map(jnp.zeros_like, params), **dread}
 
     def _stopped(self, params: PyTree) -> PyTree:
@@ -155,6 +168,8 @@ class Objectives:
         """Whether a gradient by this z leads to a parameter that learns. Otherwise it is not asked
         for, and the loss saves its matmul."""
         subtree = key.partition("/")[0]
+        if subtree == "averaged":
+            return False
         if subtree in self.frozen:
             return not all(jax.tree.leaves(self.frozen[subtree]))
         if subtree not in TOWERS:  # these may lack parameters: a precomputed tower has none
@@ -163,6 +178,15 @@ class Objectives:
                 f"{subtree!r}; there are {', '.join(self.frozen)}"
             )
         return False
+
+
+def _is_real(x: Array) -> bool:
+    """Whether x is differentiable."""
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _merged(z: dict[str, dict], other: dict[str, dict]) -> dict[str, dict]:
+    return {name: {**z[name], **other[name]} for name in z}
 
 
 def _split(tree: PyTree, size: int, mesh: jax.sharding.Mesh) -> PyTree:

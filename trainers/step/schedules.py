@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 
 from base.errors import UserError
 
-Step = ArrayLike  # a whole number
-Schedule = Callable[[Step], Float[Array, ""]]
+Step = ArrayLike  # whole numbers, of any shape
+Schedule = Callable[[Step], Float[Array, "..."]]
 ToSteps = Callable[[str, str], int | None]
 
 
@@ -99,7 +99,7 @@ def _ramped(decay, total_steps, to_steps, warmup, cooldown="0 steps") -> Schedul
             "shorten them, or give them in percent"
         )
 
-    def schedule(step: Step) -> Float[Array, ""]:
+    def schedule(step: Step) -> Float[Array, "..."]:
         step = jnp.asarray(step, jnp.float32)
         progress = jnp.clip((step - up) / max(total_steps - up, 1), 0, 1)
         factor = decay(progress, step - up)

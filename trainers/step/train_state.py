@@ -14,6 +14,7 @@ from jaxtyping import Array, Int, PyTree
 from input_pipeline.errors import KINDS
 from siglip.objectives.objective import Objective, objective_key
 from siglip.sharding import params_sharding, replicated
+from siglip.towers.two_towers import PARTS
 from trainers.step import averaging
 from trainers.step.averaging import Average
 
@@ -52,7 +53,7 @@ def init_params(
       inputs: image and text of a batch of one, whose shapes decide those of the parameters.
 
     Raises:
-      ValueError: an objective adds a subtree that is there already.
+      ValueError: an objective adds a subtree that is there already, or reads one that is not.
     """
     params = model.init(key, *inputs)["params"]
     for name, objective in objectives.items():
@@ -61,6 +62,11 @@ def init_params(
             if taken := sorted(added.keys() & params.keys()):
                 raise ValueError(f"objective {name!r} adds parameters {taken[0]!r}, a taken name")
             params = {**params, **added}
+    for name, objective in objectives.items():
+        # A model without a bias, or with a precomputed tower, lacks some of its own.
+        if lost := sorted({*objective.reads} - {*params, *PARTS}):
+            known = ", ".join(sorted(params))
+            raise ValueError(f"objective {name!r} reads parameters {lost[0]!r}; there are {known}")
     return params
 
 

@@ -62,7 +62,8 @@ def make_classes(model, mesh) -> Objective:
 
 
 def make_teacher(model, mesh) -> Objective:
-    """Self-distillation: a moving average of the image tower teaches noisy embeddings, centred."""
+    """Self-distillation: a moving average of the image tower teaches noisy embeddings, centred,
+    and the cosines of the batch."""
 
     def rows(params, averaged, carried, part, key) -> Rows:
         def noise(row):
@@ -72,13 +73,20 @@ def make_teacher(model, mesh) -> Objective:
         target = jax.nn.softmax((teacher - carried["centre"][None]) / 0.04)
         student = part.img(params)[0] + jax.vmap(noise)(part.batch["row"])
         nll = -target * jax.nn.log_softmax(student / 0.1)
-        return Rows(total=jnp.sum(nll, where=mask), stats=jnp.sum(teacher, axis=0, where=mask))
+        total, stats = (
+            jnp.sum(x, axis=axis, where=mask) for x, axis in ((nll, None), (teacher, 0))
+        )
+        return Rows({"img": part.img(params)[0], "averaged/img": teacher}, total, stats)
+
+    def batch(z, params, facts):
+        return jnp.mean((z["img"] @ z["img"].T - z["averaged/img"] @ z["averaged/img"].T) ** 2)
 
     def carry(carried, stats, count):
         return {"centre": 0.9 * carried["centre"] + 0.1 * stats / count}
 
     return Objective(
         rows,
+        batch=batch,
         start=lambda: {"centre": jnp.zeros(model.img.width)},
         carry=carry,
         weight=WEIGHTS["teacher"],
@@ -86,15 +94,20 @@ def make_teacher(model, mesh) -> Objective:
 
 
 def make_spread(model, mesh) -> Objective:
-    """A function of the whole batch alone: image embeddings lie apart from each other."""
+    """A function of the whole batch alone: image embeddings of different first tokens lie apart
+    from each other, and so do tokens of an inner block."""
 
     def rows(params, averaged, carried, part, key) -> Rows:
-        return Rows({"img": part.img(params)[0]})
+        zimg, out = part.img(params)
+        inner = jnp.mean(out["block:0"], axis=1)
+        return Rows({"img": zimg, "img/inner": inner, "token": part.batch["text"][:, 0]})
 
     def batch(z, params, facts):
-        return jnp.mean(jnp.exp(z["img"] @ z["img"].T))
+        apart = z["token"][:, None] != z["token"][None]
+        cosines = z["img"] @ z["img"].T + z["img/inner"] @ z["img/inner"].T / 16
+        return jnp.mean(jnp.exp(cosines), where=apart)
 
-    return Objective(rows, batch=batch)
+    return Objective(rows, batch=batch, capture=("img/block:0",))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +137,7 @@ def directly(model, objectives, state, batch, key):
     def loss(params):
         total, count, stats = 0.0, batch["mask"].sum(), {}
         for name, objective in objectives.items():
-            part = Part(model, {**batch, "row": jnp.arange(N)}, key, lambda z: z)
+            part = Part(model, {**batch, "row": jnp.arange(N)}, key, lambda z: z, objective.capture)
             carried = state.carried.get(name, {})
             z, of_rows, stats[name] = objective.rows(
                 params, state.averaged, carried, part, objective_key(key, name)
@@ -150,7 +163,7 @@ def wanted(model, objectives, state, batch):
 def test_every_kind_of_objective_equals_plain_autodiff(
     model, mesh, objectives, state, batch, wanted, parts, frozen
 ):
-    mesh = make_mesh_of_two()
+    mesh = make_mesh_of_two(fsdp=2 if parts == 2 else 1)
     terms = {**objectives, "contrastive": make_contrastive(model, mesh, LOSSES["sigmoid"](mesh))}
     is_frozen = {k: jax.tree.map(lambda _, k=k: k in frozen, v) for k, v in state.params.items()}
     step = Objectives(model, terms, is_frozen, mesh, N // parts if parts > 1 else 0)
@@ -175,9 +188,30 @@ def assert_close(a, b, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), a, b)
 
 
-def make_mesh_of_two():
+def make_mesh_of_two(fsdp=1):
     axis_types = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((2, 1), ("data", "fsdp"), axis_types=axis_types, devices=jax.devices()[:2])
+    shape = 2 // fsdp, fsdp
+    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=axis_types, devices=jax.devices()[:2])
+
+
+def test_a_z_that_leads_to_nothing_that_learns_gets_no_gradient(model, objectives, state, batch):
+    """The losses save the matmul of such a gradient: a teacher's, a frozen tower's, integers'."""
+    rng = np.random.default_rng(1)
+    z = {name: jnp.asarray(rng.normal(size=(N, 16)), jnp.float32) for name in ("img", "img/inner")}
+    spread = {**z, "token": jnp.arange(N)}
+    teacher = {"img": z["img"], "averaged/img": z["img/inner"]}
+    mesh, facts = make_mesh_of_two(), {"mask": jnp.ones(N, bool)}
+    terms = {name: objectives[name] for name in ("spread", "teacher")}
+
+    def gradients(*frozen):
+        tree = {k: jax.tree.map(lambda _, k=k: k in frozen, v) for k, v in state.params.items()}
+        step = Objectives(model, terms, tree, mesh)
+        _, _, dz, _ = step._batch({"spread": spread, "teacher": teacher}, state.params, facts)
+        return {f"{of}:{k}": bool(jnp.any(g != 0)) for of, z in dz.items() for k, g in z.items()}
+
+    img = {"spread:img": True, "spread:img/inner": True, "teacher:img": True}
+    assert gradients() == {**img, "teacher:averaged/img": False}
+    assert gradients("img") == {**dict.fromkeys(img, False), "teacher:averaged/img": False}
 
 
 TEACHER = Average(what=("img",), decay=0.9)
@@ -297,6 +331,11 @@ def test_mistakes_of_an_objective_are_named(model, mesh, objectives, batch):
     ):
         it = make(model, mesh, {"x": lost}, batch, average=Average())
         it.update(it.state, it.tally, to_device(batch, mesh))
+    lost = Objective(lambda *_: Rows(), reads=("t", "hed"))
+    with pytest.raises(ValueError, match="objective 'x' reads parameters 'hed'; there are b, img"):
+        init_params(model, {"x": lost}, jax.random.key(0), inputs)
+    with pytest.raises(ValueError, match="an objective asks for 'idz'; facts of a batch are ids"):
+        Objective(lambda *_: Rows(), needs=("idz",))
     with pytest.raises(ValueError, match="there are no parameters 'image'"):
         Average(what=("image",)).check({"img": {}})
     with pytest.raises(ValueError, match="decay must be in"):
