@@ -19,7 +19,8 @@ def flatten(tree: Mapping[str, Any], sep: str = ".") -> dict[str, Any]:
 
 
 def insert(tree: dict[str, Any], name: str, value: Any, sep: str = ".") -> None:
-    """tree['a']['b'] = value for the name 'a.b'; the dicts on the way are made where absent."""
+    """tree['a']['b'] = value for the name 'a.b'; the dicts on the way are made where absent,
+    and no leaf may lie there."""
     *folders, last = name.split(sep)
     for folder in folders:
         tree = tree.setdefault(folder, {})

@@ -17,4 +17,4 @@ def leaves(tree: Any) -> dict[str, Any]:
 
 def path_names(tree: Any) -> list[str]:
     """Names of the leaves, in the order of `jax.tree.leaves`."""
-    return list(leaves(tree))
+    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]

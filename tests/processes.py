@@ -34,13 +34,21 @@ def started(
 @contextlib.contextmanager
 def limited(process: subprocess.Popen[str]) -> Iterator[None]:
     """A block in which the process is killed after DEADLINE."""
-    timer = threading.Timer(DEADLINE, _kill, [process])
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        _kill(process)
+
+    timer = threading.Timer(DEADLINE, expire)
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
+    # Also where a test takes any exit code, or that of a kill.
+    assert not expired.is_set(), f"{process.args} was killed after {DEADLINE} s"
 
 
 def run(
@@ -62,6 +70,21 @@ def end(process: subprocess.Popen[str], code: int = 0) -> subprocess.CompletedPr
     printed = f"exit code {process.returncode}, not {code}\n{(out or '')[-9000:]}\n{err or ''}"
     assert process.returncode == code, printed
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def end_all(two: Sequence[subprocess.Popen[str]]) -> list[subprocess.CompletedProcess[str]]:
+    """Waits for processes that depend on each other. Raises AssertionError as `end` does, with the
+    output of all: the reason may be in another's."""
+    printed = [process.communicate() for process in two]
+    shown = "".join(
+        f"exit code {process.returncode}\n{out[-9000:]}\n{err}\n"
+        for process, (out, err) in zip(two, printed)
+    )
+    assert all(process.returncode == 0 for process in two), shown
+    return [
+        subprocess.CompletedProcess(process.args, 0, out, err)
+        for process, (out, err) in zip(two, printed)
+    ]
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:

@@ -1,5 +1,6 @@
 """No test can hang on a process that it starts, and none starts one in another way."""
 
+import contextlib
 import pathlib
 import re
 import sys
@@ -22,18 +23,32 @@ def test_what_hangs_is_killed_with_the_processes_that_it_started(soon):
     with processes.started([sys.executable, "-c", parent], deadline=False) as process:
         processes.read_until(process, "up")
         with (
-            processes.limited(process),
             pytest.raises(AssertionError, match="exit code -9, not 0"),
+            processes.limited(process),
         ):
             processes.end(process)
     with pytest.raises(AssertionError, match="exit code -9, not 0"):
         processes.run([sys.executable, "-c", FOR_EVER])
 
 
+def test_what_hangs_is_not_taken_for_what_was_killed_on_purpose(soon):
+    with pytest.raises(AssertionError, match=r"was killed after 0\.1 s"):
+        processes.run([sys.executable, "-c", FOR_EVER], code=-9)
+
+
+def test_processes_that_depend_on_each_other_show_the_output_of_all():
+    codes = ("import sys; sys.exit('one')", "import sys; sys.exit('two')")
+    with contextlib.ExitStack() as running:
+        commands = [[sys.executable, "-c", code] for code in codes]
+        two = [running.enter_context(processes.started(command)) for command in commands]
+        with pytest.raises(AssertionError, match=r"(?s)one.*two"):
+            processes.end_all(two)
+
+
 def test_a_wait_for_a_line_ends_with_the_process(soon):
     with (
-        processes.started([sys.executable, "-c", FOR_EVER]) as process,
         pytest.raises(AssertionError, match="no 'down' in"),
+        processes.started([sys.executable, "-c", FOR_EVER]) as process,
     ):
         processes.read_until(process, "down")
 

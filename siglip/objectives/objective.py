@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from siglip.losses.facts import check_needs
+from siglip.towers.two_towers import TOWERS
 from siglip.towers.vit import images_of
 
 Params = dict[str, Any]
@@ -29,7 +30,7 @@ class Rows(NamedTuple):
       z: name -> [n, ...], what `batch` must see of every example. The name, up to a '/', is the
         subtree of the parameters that made it ('img', 'txt', 'decoder', 'img/local'): where that
         subtree is frozen, z gets no gradient and the loss saves the matmul of it. So it is with
-        'averaged/...', a teacher's, and with integers.
+        'averaged/...', a teacher's, and with what is not a floating-point number.
       total: sum of the objective's loss over the rows whose `mask` is True; the step divides the
         sum over all microbatches by the number of those rows.
       stats: pytree of sums over rows, which `carry` gets, added up over the microbatches.
@@ -109,7 +110,7 @@ class Part:
         self._model, self._key, self._place = model, key, place
         split = sorted({tuple(name.split("/", 1)) for name in capture})
         self._capture = {
-            tower: tuple(output for of, output in split if of == tower) for tower in ("img", "txt")
+            tower: tuple(output for of, output in split if of == tower) for tower in TOWERS
         }
         self._outputs: list[tuple] = []  # of one trace: a handful
 

@@ -62,7 +62,7 @@ def test_two_processes_equal_one_and_each_image_is_decoded_once(fakes):
             running.enter_context(processes.started([*command, str(i), str(port)], env=env))
             for i in range(2)
         ]
-        outputs = [processes.end(worker).stdout for worker in workers]
+        outputs = [worker.stdout for worker in processes.end_all(workers)]
     first, second = (json.loads(out.splitlines()[-1]) for out in outputs)
     one = evaluate(fakes.mesh(4), fakes)
     assert first["results"] == second["results"]

@@ -92,29 +92,21 @@ def completed(
     Raises:
       UserError: see `load`.
     """
-    given = _with_initial_children(given)
+    given, overrides = _without_dropped(_with_initial_children(given), overrides)
     unknown: list[str] = []
     tree = settings(given, unknown=unknown, where=file)
     if unknown:
         messages = (f"{place(file, leaf(key))}: {_unknown(key, tree)}" for key in unknown)
         raise UserError("; ".join(messages))
-    overrides = list(overrides)
     in_file = set(flatten(given))
     given = contract.fill(given, overrides)
     of_contract = set(flatten(given)) - in_file
     tree = settings(given, unknown=[], where=file)
-    # 1. Blocks that go, and components, so that the other overrides see the keys of the new ones.
-    #    What was set for the old component goes: the new one starts from its defaults.
-    dropped = set()
+    # 1. Components, so that the other overrides see the keys of the new ones. What was set for the
+    #    old component goes: the new one starts from its defaults.
     for key, value in overrides:
         choice = _find(tree, key)
-        if value == DROP and isinstance(choice, dict) and pattern_of(key).endswith(".*"):
-            dropped.add(key)
-            left = dict(_find(given, parent(key)))
-            del left[leaf(key)]
-            given = _replaced(given, parent(key), lambda _, left=left: left)
-            tree = settings(given, unknown=[], where=file)
-        elif choice is None and _names_new_child(key):
+        if choice is None and _names_new_child(key):
             _check_component(value, BLOCKS[pattern_of(parent(key))].of, f"--config.{key}")
             child = {leaf(key): value}
             given = _replaced(given, parent(key), lambda _, child=child: child)
@@ -137,8 +129,6 @@ def completed(
             setting.source = "config.contract"
     # 2. All the others.
     for key, value in overrides:
-        if key in dropped:
-            continue
         setting = _find(tree, key)
         if setting is None:
             raise UserError(_unknown(key, tree, flag=True))
@@ -160,6 +150,27 @@ def completed(
             + " ".join(f"--config.{key}=..." for key in missing[:3])
         )
     return tree
+
+
+def _without_dropped(
+    given: Mapping[str, Any], overrides: Iterable[tuple[str, str]]
+) -> tuple[Mapping[str, Any], list[tuple[str, str]]]:
+    """What is left of both where an override such as ('evals.NAME', 'None') drops a block: it need
+    not be valid, and earlier overrides of its keys go too."""
+    left: list[tuple[str, str]] = []
+    for key, value in overrides:
+        if value == DROP and pattern_of(key).endswith(".*"):
+            block = _find(given, parent(key))
+            in_file = isinstance(block, Mapping) and leaf(key) in block
+            others = [override for override in left if not override[0].startswith(f"{key}.")]
+            if in_file:
+                kept = {name: child for name, child in block.items() if name != leaf(key)}
+                given = _replaced(given, parent(key), lambda _, kept=kept: kept)
+            if in_file or len(others) < len(left):
+                left = others
+                continue
+        left.append((key, value))
+    return given, left
 
 
 def settings(

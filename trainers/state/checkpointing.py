@@ -28,7 +28,9 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
     hosts share the work: a compiled program for each array and device before the first checkpoint.
     One host alone would compile them for nothing.
     """
-    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=jax.process_count() > 1)
+    if jax.process_count() > 1:
+        return ocp.PyTreeCheckpointHandler()
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 

@@ -44,7 +44,7 @@ def restore_state(
     Args:
       fresh: regexes of what comes from `init`, whatever the checkpoint has: names of parameters
         ('txt/.*'), which bring their optimizer state and moving average along, or names in two
-        other branches of the state ('averaged/img/.*', 'carried/NAME/.*'). A moving average that
+        other branches of the state ('averaged/img/.*', 'carried/NAME.*'). A moving average that
         starts fresh begins at the restored parameters. The numbers of steps, Adam's included, go
         on counting.
       init: makes the initial state, on the shardings of `abstract_state`.
@@ -175,8 +175,13 @@ def _read_but(
 
     shardings = {name: wanted[name].sharding for name in new - averages}
     restored |= jax.jit(initial, out_shardings=shardings)()
-    for name in averages:  # a copy, as a step may be given the buffer of either
-        restored[name] = jnp.copy(restored[f"params/{name.removeprefix('averaged/')}"])
+    # Copies, as a step may be given the buffer of either; in one program, as all processes have to
+    # start the same ones in the same order.
+    copied = {name: restored[f"params/{name.removeprefix('averaged/')}"] for name in averages}
+    restored |= jax.jit(
+        lambda arrays: jax.tree.map(jnp.copy, arrays),
+        out_shardings={name: wanted[name].sharding for name in averages},
+    )(copied)
     return jax.tree_util.tree_map_with_path(
         lambda path, _: restored[path_name(path)], abstract_state
     )

@@ -104,7 +104,7 @@ class Objectives:
 
     def _rows(self, params, averaged, carried, part, key):
         """((z, totals), (other z, stats)) of a part, each by the objective's name; the other z are
-        integers, which have no gradient."""
+        those without a gradient, such as integers."""
         # Parameters are gathered, activations stay where their examples are: left alone, XLA would
         # split the layers over `fsdp` and gather the activations of the whole batch.
         params, averaged = jax.lax.with_sharding_constraint(

@@ -59,7 +59,7 @@ def init_params(
     for name, objective in objectives.items():
         if objective.init is not None:
             added = objective.init(objective_key(key, name), params)
-            if taken := sorted(added.keys() & params.keys()):
+            if taken := sorted(added.keys() & {*params, *PARTS, "averaged", "carried"}):
                 raise ValueError(f"objective {name!r} adds parameters {taken[0]!r}, a taken name")
             params = {**params, **added}
     for name, objective in objectives.items():

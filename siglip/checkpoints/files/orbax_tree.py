@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from base.words import one_line
@@ -50,7 +51,6 @@ def to_devices(step: pathlib.Path, abstract: Any, *, partial: bool = False) -> A
     Raises:
       DamagedCheckpoint: they cannot be read.
     """
-    import jax
     import orbax.checkpoint as ocp
 
     abstract = jax.tree.map(_placed, abstract)
@@ -64,7 +64,6 @@ def some_to_devices(step: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, 
     Raises:
       DamagedCheckpoint: they cannot be read.
     """
-    import jax
     import orbax.checkpoint as ocp
 
     handler, _ = _handlers()
@@ -84,8 +83,6 @@ def some_to_devices(step: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, 
 
 
 def _placed(leaf: Any) -> Any:
-    import jax
-
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -96,7 +93,6 @@ def to_host(step: pathlib.Path, abstract: Any) -> Any:
     Raises:
       DamagedCheckpoint: they cannot be read.
     """
-    import jax
     import orbax.checkpoint as ocp
 
     args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)

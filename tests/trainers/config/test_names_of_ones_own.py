@@ -55,6 +55,21 @@ def test_none_drops_a_block_with_a_name_of_ones_own():
     assert list(config.objectives) == ["second"]
 
 
+def test_what_is_dropped_need_not_be_valid_and_takes_earlier_flags_of_its_keys_along(tmp_path):
+    command = [("evals.val.every", "5 steps"), ("evals.mine.type", "loss"), ("evals.val", "None")]
+    evals = complete.load(str(QUICKSTART), [*command, ("evals.mine", "None")]).evals
+    assert not {"val", "mine"} & set(evals)
+    file = tmp_path / "gone.py"  # its component was there once
+    file.write_text(
+        "def get_config():\n"
+        "    source = {'name': 'scenes'}\n"
+        "    return {'evals': {'val': {'type': 'gone'}}, 'input': {'source': source}}\n"
+    )
+    assert not complete.load(str(file), [("evals.val", "None")]).evals
+    with pytest.raises(UserError, match=r"config\.evals\.val.*'gone'"):
+        complete.load(str(file), [])
+
+
 def test_an_evaluator_of_a_run_can_be_dropped_later(tmp_path):
     stored.save(complete.load(str(QUICKSTART)), tmp_path)
     assert "val" in stored.read(tmp_path).evals

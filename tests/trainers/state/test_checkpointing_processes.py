@@ -33,7 +33,7 @@ def test_two_processes_save_and_restore_as_one(tmp_path):
             )
             for index in range(2)
         ]
-        ends = [processes.end(process) for process in two]
+        ends = processes.end_all(two)
     assert all("both agree" in end.stdout for end in ends)
     # Process 0 warns.
     assert sum("going on from step 20" in end.stdout + end.stderr for end in ends) == 1

@@ -323,6 +323,10 @@ def test_mistakes_of_an_objective_are_named(model, mesh, objectives, batch):
     taken = Objective(lambda *_: Rows(), init=lambda key, params: {"img": {}})
     with pytest.raises(ValueError, match="objective 'x' adds parameters 'img', a taken name"):
         init_params(model, {"x": taken}, jax.random.key(0), inputs)
+    for name in ("averaged", "carried"):  # branches of the state
+        hidden = Objective(lambda *_: Rows(), init=lambda key, params, name=name: {name: {}})
+        with pytest.raises(ValueError, match=f"objective 'x' adds parameters '{name}', a taken"):
+            init_params(model, {"x": hidden}, jax.random.key(0), inputs)
     lost = Objective(
         lambda *_: Rows({"image": jnp.ones((N, 2))}), batch=lambda z, p, f: z["image"].sum()
     )
