@@ -28,8 +28,10 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> Results:
     weights of config.init; writes results.json.
 
     Raises:
-      UserError: there is no checkpoint, or it does not fit.
+      UserError: there is no evaluator, no checkpoint, or it does not fit.
     """
+    if not config.evals:
+        raise UserError("config.evals names no evaluator, there is nothing to evaluate")
     workdir = pathlib.Path(workdir)
     start = find_start(workdir, init=config.init)
     if start.kind == "scratch":

@@ -143,9 +143,10 @@ def make_evaluators(setup: Setup) -> dict[str, Any]:
     evaluators = {}
     for name, block in setup.config.evals.items():
         if block.params == "averaged" and not set(TOWERS) & set(setup.config.average.what):
+            what = ",".join(setup.config.average.what)
             raise UserError(
                 f"config.evals.{name}.params=averaged, but the run keeps no averages of a tower; "
-                "set config.average.what, such as img,txt,t,b"
+                f"set config.average.what, such as img,txt,t,b, not {what!r}"
             )
         if block.type == "loss" and setup.loss_fn is None:
             raise UserError(

@@ -61,7 +61,7 @@ def test_a_cosine_over_a_new_total_needs_a_yes(tiny, tmp_path, capsys):
     capsys.readouterr()
     assert tiny.main(tmp_path / "w", *longer) == program.MISTAKE
     err = capsys.readouterr().err
-    assert "a cosine schedule over 2 steps; pass --config.stretch_schedule" in err
+    assert "2, for which this cosine schedule has other learning rates; pass --config." in err
     assert err.count("\n") == 1
     assert tiny.main(tmp_path / "w", *longer, "--config.stretch_schedule") == program.DONE
     assert steps_with(tmp_path / "w", "loss") == [1, 2, 3, 4]
@@ -132,8 +132,10 @@ def test_a_run_with_a_teacher_and_carried_state_goes_on_bit_for_bit(tiny, with_t
 
 def test_a_resumed_run_may_begin_with_a_teacher(tiny, long, with_teacher, tmp_path):
     options = {**TEACHER, "resume": long, "total": "8 steps"}
-    with pytest.raises(UserError, match="missing there: averaged/img"):
+    with pytest.raises(UserError, match="missing there: averaged/img") as error:
         tiny.train(tmp_path / "refused", **options)
-    tiny.train(tmp_path / "w", fresh="('averaged/.*', 'carried/teacher/.*')", **options)
+    hint = """--config.fresh="('averaged/.*','carried/teacher.*',)\""""
+    assert str(error.value).endswith(hint)
+    tiny.train(tmp_path / "w", fresh="('averaged/.*','carried/teacher.*',)", **options)
     assert steps_with(tmp_path / "w", "loss") == [7, 8]
     assert "carried/teacher/centre" in saved(tmp_path / "w", 8)

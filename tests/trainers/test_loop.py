@@ -273,6 +273,16 @@ def test_a_finished_run_does_not_train_again(tiny, whole, recording, tmp_path):
     ).read_bytes()
 
 
+def test_an_evaluation_of_nothing_is_refused_and_keeps_the_results(tiny, whole, tmp_path, capsys):
+    workdir = tmp_path / "w"
+    shutil.copytree(whole.workdir, workdir)
+    before = (workdir / "results.json").read_text()
+    drop = [f"--config.evals.{name}=None" for name in json.loads(before)]
+    assert program.main(["--eval_only", f"--workdir={workdir}", *drop]) == program.MISTAKE
+    assert "config.evals names no evaluator" in capsys.readouterr().err
+    assert (workdir / "results.json").read_text() == before
+
+
 def test_eval_only_gives_the_results_of_the_end(tiny, whole, tmp_path, capsys):
     workdir = tmp_path / "w"
     shutil.copytree(whole.workdir, workdir)

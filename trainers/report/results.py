@@ -21,7 +21,7 @@ def table(results: Results) -> str:
             value, chance = result["value"], result["chance"]
             # A multiple of chance means something for shares, but not for losses.
             assert value is not None
-            share = chance is not None and 0 < chance < 1 and not metric.endswith("loss")
+            share = chance is not None and 0 < chance <= 1 and not metric.endswith("loss")
             rows.append(
                 (
                     evaluator,

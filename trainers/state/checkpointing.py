@@ -115,6 +115,9 @@ class Checkpoints:
         """Waits (and raises) as `wait`, then ends the background threads."""
         try:
             self.wait()
+            # Orbax waits for the removal of half written steps before a save only; a program that
+            # ends without one would be ended with a traceback from that thread.
+            self._manager._maybe_await_cleanup_tmp_directory()
         finally:
             self._manager.close()
 

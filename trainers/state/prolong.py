@@ -46,9 +46,10 @@ def check_total(
         _schedule(config, plan, old)[:step], _schedule(config, plan, plan.total)[:step]
     ):
         raise UserError(
-            f"config.total={config.total!r} is {plan.total} steps, but the {step} steps of the run "
-            f"in {run} had the learning rates of a {config.schedule.name} schedule over {old} "
-            f"steps; pass --config.stretch_schedule to go on with those of {plan.total} steps"
+            f"config.total={config.total!r} is {plan.total} steps, but the run in {run} made its "
+            f"{step} steps towards {old}, for which this {config.schedule.name} schedule has other "
+            f"learning rates; pass --config.stretch_schedule to go on with those of {plan.total} "
+            "steps"
         )
 
 

@@ -7,7 +7,7 @@ directory of one step. All processes call the functions here together.
 
 import pathlib
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from base.errors import UserError
-from base.words import nearest
+from base.words import nearest, similar
 from siglip.checkpoints.errors import CheckpointError
 from siglip.checkpoints.files import orbax_tree
 from siglip.checkpoints.files.orbax_tree import DamagedCheckpoint
 from siglip.checkpoints.formats import workdir
 from siglip.checkpoints.weights import compare
-from siglip.leaf_names import path_name
+from siglip.leaf_names import leaves, path_name
 
 
 def locate(path: str | pathlib.Path, *, key: str = "checkpoint") -> pathlib.Path:
@@ -56,7 +56,11 @@ def restore_state(
     step = locate(path, key="config.resume")
     try:
         if not fresh:
-            return *read_step(step, abstract_state), int(step.name)
+            hint = _what_may_be_fresh(orbax_tree.saved(step), leaves(abstract_state))
+            try:
+                return *read_step(step, abstract_state), int(step.name)
+            except UserError as error:
+                raise UserError(f"{error}{hint}") from error
         assert init is not None
         is_fresh = _is_fresh(fresh, abstract_state, orbax_tree.saved(step))
         state = _read_but(is_fresh, step, abstract_state, init)
@@ -82,7 +86,7 @@ def restore_params(
     try:
         saved = orbax_tree.saved(step)
         known = {n: x for n, x in saved.items() if workdir.is_in_subtrees(n, abstract_params)}
-        _check_fits(step, known, orbax_tree.leaves({"params": abstract_params}))
+        _check_fits(step, known, leaves({"params": abstract_params}))
         params = orbax_tree.to_devices(step, {"params": abstract_params}, partial=True)["params"]
         return params, workdir.left_out(step, saved, abstract_params, averaged)
     except DamagedCheckpoint as damage:
@@ -98,8 +102,8 @@ def restore_averaged(path: str | pathlib.Path, abstract: PyTree) -> PyTree:
     step = locate(path)
     wanted = {"averaged": abstract}
     try:
-        saved = {n: x for n, x in orbax_tree.saved(step).items() if n in orbax_tree.leaves(wanted)}
-        _check_fits(step, saved, orbax_tree.leaves(wanted))
+        saved = {n: x for n, x in orbax_tree.saved(step).items() if n in leaves(wanted)}
+        _check_fits(step, saved, leaves(wanted))
         return orbax_tree.to_devices(step, wanted, partial=True)["averaged"]
     except DamagedCheckpoint as damage:
         raise UserError(f"{damage}; give the directory of another step") from damage
@@ -114,23 +118,43 @@ def read_step(step: pathlib.Path, abstract_state: PyTree) -> tuple[PyTree, dict]
     Raises UserError where the arrays differ from `abstract_state` in name, shape or dtype, and
     DamagedCheckpoint where they cannot be read.
     """
-    _check_fits(step, orbax_tree.saved(step), orbax_tree.leaves(abstract_state))
+    _check_fits(step, orbax_tree.saved(step), leaves(abstract_state))
     state = orbax_tree.to_devices(step, abstract_state)
     return state, orbax_tree.json_item(step, "data")
+
+
+def _what_may_be_fresh(saved: Iterable[str], wanted: Iterable[str]) -> str:
+    """'; ...' with the config.fresh that would do, where whole subtrees are on one side only."""
+
+    def subtrees(names: Iterable[str]) -> set[str]:
+        tops = set()
+        for name in names:
+            branch, _, rest = name.partition("/")
+            top = rest.partition("/")[0]
+            if branch == "params":
+                tops.add(f"{top}/.*" if "/" in rest else top)
+            elif branch in ("averaged", "carried"):
+                tops.add("averaged/.*" if branch == "averaged" else f"carried/{top}.*")
+        return tops
+
+    if differing := sorted(subtrees(saved) ^ subtrees(wanted)):
+        patterns = "".join(f"'{pattern}'," for pattern in differing)
+        return f'; to start with these anew, or without them: --config.fresh="({patterns})"'
+    return ""
 
 
 def _is_fresh(
     patterns: tuple[str, ...], abstract_state: PyTree, saved: dict[str, Any]
 ) -> Callable[[str], bool]:
     """A function that tells whether the leaf of a state with this name starts fresh."""
-    leaves = [*orbax_tree.leaves(abstract_state), *saved]
+    both = [*leaves(abstract_state), *saved]
     # Longest first: 'heads/t' is not 't'.
     parameters = sorted(
-        {name.removeprefix("params/") for name in leaves if name.startswith("params/")},
+        {name.removeprefix("params/") for name in both if name.startswith("params/")},
         key=len,
         reverse=True,
     )
-    others = {name for name in leaves if name.startswith(("averaged/", "carried/"))}
+    others = {name for name in both if name.startswith(("averaged/", "carried/"))}
     names = sorted({*parameters, *others})
     for pattern in patterns:
         try:
@@ -138,9 +162,10 @@ def _is_fresh(
         except re.error as error:
             raise UserError(f"config.fresh: {pattern!r} is not a regex: {error}") from None
         if not matches:
+            tops = {f"{name.partition('/')[0]}/.*" if "/" in name else name for name in names}
             raise UserError(
                 f"config.fresh: {pattern!r} matches no parameter, moving average or state of an "
-                f"objective; {nearest(pattern, names)}"
+                f"objective; {nearest(pattern, similar(pattern, names) or tops)}"
             )
 
     def is_fresh(leaf: str) -> bool:
@@ -161,7 +186,7 @@ def _read_but(
     init: Callable[[], PyTree],
 ) -> PyTree:
     """The state of one step, but for leaves that are fresh."""
-    wanted = orbax_tree.leaves(abstract_state)
+    wanted = leaves(abstract_state)
     kept = {name: leaf for name, leaf in wanted.items() if not is_fresh(name)}
     saved = {n: leaf for n, leaf in orbax_tree.saved(step).items() if not is_fresh(n)}
     _check_fits(step, saved, kept)
@@ -170,8 +195,8 @@ def _read_but(
     averages = {name for name in new if name.startswith("averaged/")}
 
     def initial() -> dict[str, Any]:  # under jit XLA drops all other leaves
-        leaves = orbax_tree.leaves(init())
-        return {name: leaves[name] for name in new - averages}
+        made = leaves(init())
+        return {name: made[name] for name in new - averages}
 
     shardings = {name: wanted[name].sharding for name in new - averages}
     restored |= jax.jit(initial, out_shardings=shardings)()

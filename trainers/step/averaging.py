@@ -16,7 +16,7 @@ class Average:
       decay: share of the old average that each update keeps, in [0, 1).
 
     Raises:
-      ValueError: a decay outside of [0, 1).
+      ValueError: a decay outside of [0, 1), or one of nothing.
     """
 
     what: tuple[str, ...] = ()  # names at the top of the parameter tree, such as img and txt
@@ -25,6 +25,11 @@ class Average:
     def __post_init__(self):
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), such as 0.999, not {self.decay}")
+        if not self.what and self.decay != Average.decay:
+            raise ValueError(
+                f"decay={self.decay} averages nothing, as what is empty; set what, such as "
+                "img,txt,t,b"
+            )
 
     def check(self, params: PyTree) -> None:
         """Raises ValueError where `what` names parameters that are not there."""

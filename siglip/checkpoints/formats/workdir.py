@@ -18,6 +18,7 @@ from siglip.checkpoints.files import orbax_tree
 from siglip.checkpoints.files.lazy_array import of_array
 from siglip.checkpoints.spec import Spec
 from siglip.checkpoints.weights import Weights, unstack
+from siglip.leaf_names import leaves
 from siglip.towers.two_towers import PARTS
 
 FOLDER = "checkpoints"  # in the workdir
@@ -136,5 +137,5 @@ def _read_arrays(step: pathlib.Path) -> tuple[dict[str, np.ndarray], tuple[str, 
     for name, leaf in saved.items():
         if is_in_subtrees(name, PARTS):
             insert(tree, name, leaf, "/")
-    arrays = orbax_tree.leaves(orbax_tree.to_host(step, tree).get("params", {}) if tree else {})
+    arrays = leaves(orbax_tree.to_host(step, tree).get("params", {}) if tree else {})
     return {n: np.asarray(a) for n, a in arrays.items()}, left_out(step, saved, PARTS)

@@ -179,3 +179,11 @@ def test_a_save_of_one_process_compiles_nothing(make, caplog):
         checkpoints.wait()
     assert [r.args[0] for r in caplog.records if "Compiling" in r.msg] == ["jit(add)"]
     assert_same(checkpoints.restore(abstract(8))[0], state)
+
+
+def test_nothing_runs_on_after_the_end(tmp_path):
+    """A start that fails right after this would end in a traceback of a thread of Orbax's."""
+    (tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)
+    before = set(threading.enumerate())
+    Checkpoints(tmp_path, every=1, keep_last=1, keep_every=None).close()
+    assert not [t for t in set(threading.enumerate()) - before if "Signaling" in type(t).__name__]

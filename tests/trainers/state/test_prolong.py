@@ -44,7 +44,9 @@ def test_a_schedule_without_the_total_in_it_goes_on(tmp_path, name, step):
     ],
 )
 def test_steps_that_would_have_had_another_learning_rate_need_a_yes(tmp_path, schedule):
-    with pytest.raises(UserError, match=r"80 steps; pass --config.stretch_schedule to go") as error:
+    with pytest.raises(
+        UserError, match=r"has other learning rates; pass --config.stretch_schedule to go"
+    ) as error:
         check(tmp_path, "8 epochs", 100, step=80, **schedule)
     assert "\n" not in str(error.value)
     check(tmp_path, "8 epochs", 100, step=80, stretch=True, **schedule)

@@ -10,7 +10,7 @@ import pytest
 from tiny_state import DATA, abstract, assert_same, make_state, saved
 
 from base.errors import UserError
-from siglip.checkpoints.files import orbax_tree
+from siglip.leaf_names import leaves
 from trainers.state import restoring
 from trainers.state.checkpointing import Checkpoints
 from trainers.state.restoring import restore_params, restore_state
@@ -245,7 +245,7 @@ def test_a_pattern_of_fresh_parameters_that_matches_none_is_one_line(tmp_path, p
 
 def test_no_pattern_makes_the_number_of_steps_fresh():
     wanted = jax.eval_shape(make_state)
-    is_fresh = restoring._is_fresh((".*",), wanted, orbax_tree.leaves(wanted))
-    fresh = {name: is_fresh(name) for name in orbax_tree.leaves(wanted)}
+    is_fresh = restoring._is_fresh((".*",), wanted, leaves(wanted))
+    fresh = {name: is_fresh(name) for name in leaves(wanted)}
     assert [name for name, yes in fresh.items() if not yes and "count" not in name] == ["step"]
     assert sum("count" in name for name, yes in fresh.items() if not yes) == 1

@@ -344,6 +344,8 @@ def test_mistakes_of_an_objective_are_named(model, mesh, objectives, batch):
         Average(what=("image",)).check({"img": {}})
     with pytest.raises(ValueError, match="decay must be in"):
         Average(what=("img",), decay=1.0)
+    with pytest.raises(ValueError, match=r"decay=0\.9 averages nothing.*set what"):
+        Average(decay=0.9)
     with pytest.raises(ValueError, match="both start and carry"):
         Objective(lambda *_: Rows(), start=lambda: {})
 
