@@ -146,7 +146,7 @@ def make_evaluators(setup: Setup) -> dict[str, Any]:
             what = ",".join(setup.config.average.what)
             raise UserError(
                 f"config.evals.{name}.params=averaged, but the run keeps no averages of a tower; "
-                f"set config.average.what, such as img,txt,t,b, not {what!r}"
+                "set config.average.what, such as img,txt,t,b" + (f", not {what!r}" if what else "")
             )
         if block.type == "loss" and setup.loss_fn is None:
             raise UserError(

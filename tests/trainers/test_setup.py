@@ -102,8 +102,8 @@ def test_what_a_source_left_out_counts_as_bad_examples(allowed, refused, caplog)
         assert "b.tar: 1 damaged record" in caplog.text
 
 
-@pytest.mark.parametrize(("allowed", "refused"), [(0.01, False), (0, True)])
-def test_one_sample_left_out_of_few_stops_no_run_that_allows_any(allowed, refused):
+@pytest.mark.parametrize(("allowed", "refused"), [(0.2, False), (0.1, True), (0, True)])
+def test_samples_left_out_at_the_start_are_held_to_their_exact_share(allowed, refused):
     class Source(list):
         damage = types.MappingProxyType({("no caption", "a.tar"): 1})
 

@@ -56,10 +56,10 @@ def restore_state(
     step = locate(path, key="config.resume")
     try:
         if not fresh:
-            hint = _what_may_be_fresh(orbax_tree.saved(step), leaves(abstract_state))
             try:
                 return *read_step(step, abstract_state), int(step.name)
             except UserError as error:
+                hint = _what_may_be_fresh(orbax_tree.saved(step), leaves(abstract_state))
                 raise UserError(f"{error}{hint}") from error
         assert init is not None
         is_fresh = _is_fresh(fresh, abstract_state, orbax_tree.saved(step))
@@ -223,6 +223,6 @@ def _check_fits(step: pathlib.Path, saved: dict[str, Any], wanted: dict[str, Any
         raise UserError(str(error)) from None
 
 
-def _described(leaves: dict[str, Any]) -> dict[str, str]:
+def _described(arrays: dict[str, Any]) -> dict[str, str]:
     """{'params/img/...': 'float32[768,768]'}, for abstract arrays and Orbax' metadata alike."""
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in arrays.items()}
