@@ -221,6 +221,14 @@ def test_moving_averages_and_state_of_objectives_may_be_new_or_given_up(tmp_path
     assert_same(state.carried["teacher"], more.carried["teacher"])
     state = restored("more", "averaged/img/kernel", "carried/.*")
     assert_same(state.averaged["img"]["kernel"], state.params["img"]["kernel"])
+    trained = make_state(10)
+    trained.averaged["img"] = make_state(7).params["img"]
+    trained.carried["teacher"] = {"centre": jnp.zeros(4)}
+    save_tree(tmp_path / "trained", trained)
+    state = restored("trained", "img/.*")  # a fresh parameter brings its average along
+    assert_same(state.params["img"], more.params["img"])
+    assert_same(state.averaged["img"], more.params["img"])
+    assert_same(state.carried, trained.carried)
     with pytest.raises(UserError, match="missing there: carried/teacher/centre"):
         restored("plain", "averaged/.*")
     state = restored("more", "averaged/.*", "carried/.*", wanted=abstract(2), initial=plain)
