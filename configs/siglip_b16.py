@@ -24,15 +24,15 @@ def get_config(
     res: int = 224,
     runlocal: bool = False,
 ) -> ConfigDict:
-    if not (dataset and data_dir and (tokenizer or runlocal)):
-        raise ValueError(
-            "pass your data: --config configs/...:dataset=NAME,data_dir=FOLDER,tokenizer=FILE"
-        )
     source = {"name": "tfds", "dataset": dataset, "data_dir": data_dir}
     source |= {"split": "train", "text": text}
     if _source.of(dataset, "")["name"] != "files":
         source = _source.of(dataset, "")
     config = ConfigDict()
+    if not (dataset and data_dir and (tokenizer or runlocal)):
+        config.missing = (
+            "pass your data: --config configs/...:dataset=NAME,data_dir=FOLDER,tokenizer=FILE"
+        )
     config.total = "9e9 examples"
     config.model = ConfigDict(
         {

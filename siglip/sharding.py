@@ -14,7 +14,7 @@ AXES = ("data", "fsdp")
 SMALL = 2**14  # elements; smaller parameters cost more to gather than to keep
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
+def make_mesh(devices=None, *, data: int = -1, fsdp: int = 1) -> Mesh:
     """A mesh over all devices of all processes; one of the sizes may be -1 ("the rest").
 
     Args:
@@ -24,7 +24,8 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    devices, sizes = jax.device_count(), [data, fsdp]
+    devices_ = devices
+    devices, sizes = len(devices or jax.devices()), [data, fsdp]
     if -1 in sizes:
         sizes[sizes.index(-1)] = devices // max(1, int(-np.prod(sizes)))
     if min(sizes) < 1 or np.prod(sizes) != devices:
@@ -32,7 +33,9 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
             f"mesh data={data} x fsdp={fsdp} does not fit {devices} devices "
             f"(one of the two may be -1: the rest)"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    from jax.experimental import mesh_utils
+    d=mesh_utils.create_device_mesh(sizes,devices_,allow_split_physical_axes=True) if devices_ and 'TPU' in devices_[0].device_kind else np.array(devices_ or jax.devices()).reshape(sizes)
+    return Mesh(d, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def local_mesh() -> Mesh:

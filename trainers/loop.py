@@ -12,10 +12,10 @@ from input_pipeline import loader
 from input_pipeline.bad_examples import BadExamples
 from input_pipeline.sources import storage
 from siglip.sharding import to_device
-from siglip.towers.vit import IMAGE_FIELDS
 from trainers import announce, health
+from trainers.assemble import BATCH_FIELDS, make_step
 from trainers.config import stored
-from trainers.data import make_source, mistakes_of
+from trainers.data import make_source
 from trainers.evaluation import logged_evaluators, run_between_updates, run_evaluators
 from trainers.machine.preemption import StopRequest
 from trainers.plan import check_batch, make_plan, order_hash
@@ -27,12 +27,8 @@ from trainers.run import INDEX, TrainingRun
 from trainers.setup import make_evaluators, make_setup
 from trainers.state import initial, start
 from trainers.state.checkpointing import Checkpoints
-from trainers.step.averaging import Average
-from trainers.step.optimizer import frozen_mask, make_tx
-from trainers.step.train_state import TrainState, make_state, new_tally
-from trainers.step.update import make_update
+from trainers.step.train_state import TrainState, new_tally
 
-BATCH_FIELDS = (*IMAGE_FIELDS, "text", "mask", "bad", "index")  # that the update step takes
 IN_FLIGHT = 2  # updates; the host prepares one while the device does another
 
 
@@ -53,26 +49,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
     source = make_source(config)
     plan = make_plan(config, len(source), order_hash(config, source))
     evaluators = make_evaluators(setup)
-    params = setup.abstract_params()
-    tx, schedule = make_tx(
-        config,
-        params,
-        total_steps=plan.total,
-        batch_size=config.input.batch_size,
-        examples_per_epoch=len(source),
-    )
-    with mistakes_of("average"):
-        average = Average(**config.average)
-        average.check(params)
-    abstract, init = make_state(
-        setup.model,
-        setup.objectives,
-        tx,
-        setup.mesh,
-        seed=config.seed,
-        inputs=setup.inputs,
-        average=average,
-    )
+    step = make_step(setup, total_steps=plan.total, examples_per_epoch=len(source))
     with contextlib.ExitStack() as closing:
         checkpoints = Checkpoints(
             workdir,
@@ -81,7 +58,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
             keep_every=plan.keep_every,
         )
         closing.callback(checkpoints.close)
-        begin = start.begin(setup, plan, workdir, checkpoints, abstract, init)
+        begin = start.begin(setup, plan, workdir, checkpoints, step.state, step.init)
         announce.notes(begin.notes)
         goes_on = begin.start.kind == "workdir"
         if is_main:  # only now: a start that failed must not bind the workdir to its config
@@ -115,19 +92,6 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
             (begin.step, int(begin.bad_counts.sum())),
         )
         announce.introduce(run, len(source), begin.state, begin.start)
-        update = make_update(
-            setup.model,
-            setup.objectives,
-            tx,
-            schedule,
-            frozen_mask(config, params),
-            setup.mesh,
-            jax.tree.map(lambda x: x.sharding, abstract),
-            seed=config.seed,
-            log_every=config.log_every,
-            microbatch=config.input.microbatch % config.input.batch_size,  # all at once: 0
-            average=average,
-        )
         batches = loader.train_batches(
             source,
             setup.preprocess,
@@ -144,7 +108,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> Results:
         closing.callback(batches.close)
         due = plan.evaluators_due(begin.step) if goes_on else []
         missed = [name for name in due if name not in run.logged]
-        state = make_updates(run, update, begin.state, batches, missed)
+        state = make_updates(run, step.update, begin.state, batches, missed)
         run.save(plan.total, state)
         final = run_evaluators(run, state, plan.total, list(evaluators))
         checkpoints.wait()

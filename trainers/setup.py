@@ -1,6 +1,7 @@
 """Makes the objects of a run from its complete config."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,14 +59,17 @@ class Setup:
             )
 
 
-def make_setup(config: Any) -> Setup:
+def make_setup(config: Any, devices: Sequence[Any] | None = None) -> Setup:
     """Makes mesh, preprocessing, model and objectives.
+
+    Args:
+      devices: of the mesh; None for all of JAX's.
 
     Raises:
       UserError: values of the config do not fit each other.
     """
     with mistakes_of("mesh"):
-        mesh = make_mesh(**without(config.mesh, "cpu_devices"))
+        mesh = make_mesh(devices, **without(config.mesh, "cpu_devices"))
     preprocess = make_input(config)
     tokenizer = preprocess.tokenizer
     blocks = without(config.model)

@@ -20,12 +20,16 @@ from base.words import listed, nearest, one_line, show, similar
 _EMPTY = inspect.Parameter.empty
 
 
-def run(config_flag: str) -> tuple[dict[str, Any], pathlib.Path]:
+MISSING = "missing"  # what a config sets where it was called without the data that it needs
+
+
+def run(config_flag: str, *, without_data: bool = False) -> tuple[dict[str, Any], pathlib.Path]:
     """What get_config returns, as a nested dict, and the file.
 
     Args:
       config_flag: 'path.py' or 'path.py:batch_size=512,runlocal'. An argument has the type of its
         default; the bare name of a bool is True.
+      without_data: `config.missing`, a line that says which data the file lacks, is no mistake.
 
     Raises:
       UserError: no such file, no such argument, an argument without a value or of another type,
@@ -48,7 +52,11 @@ def run(config_flag: str) -> tuple[dict[str, Any], pathlib.Path]:
         raise UserError(f"{_where(error, file)}: {kind}{one_line(error)}") from error
     if not isinstance(config, Mapping):
         raise UserError(f"{show(file)}: get_config() must return a ConfigDict, not {config!r}")
-    return dict(config), file
+    given = dict(config)
+    missing = given.pop(MISSING, "")
+    if missing and not without_data:
+        raise UserError(f"{show(file)}: {missing}")
+    return given, file
 
 
 def split_list(text: str) -> list[str]:

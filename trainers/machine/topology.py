@@ -22,7 +22,7 @@ TPUS: dict[str, dict[str, Any]] = {
     "v6e": {"axes": 2},
     "tpu7x": {"axes": 3},
 }
-# Name -> (compute capability, multiprocessors, bytes/s, L2 bytes, clock in GHz, memory, JAX's kind).
+# Name -> (compute capability, multiprocessors, bytes/s, L2 bytes, GHz, memory, JAX's kind).
 GPUS: dict[str, tuple] = {
     "a100": ((8, 0), 108, 2039e9, 40 << 20, 1.41, 80 << 30, "NVIDIA A100-SXM4-80GB"),
     "h100": ((9, 0), 132, 3352e9, 50 << 20, 1.98, 80 << 30, "NVIDIA H100 80GB HBM3"),

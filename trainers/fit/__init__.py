@@ -1,0 +1,1 @@
+"""What a step needs of a machine, known before it runs: memory, traffic, collectives, time."""
