@@ -194,13 +194,22 @@ def prepare(flags: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
 
 def out_of_memory(config: Any, error: Exception) -> str:
     """The error line for a device that ran out of memory, with what to change."""
-    match = re.search(r"allocating (\d+) bytes", str(error))
-    size = f" (a buffer of {int(match[1]) / 1e9:.1f} GB)" if match else ""
+    from siglip.chips import GiB
+    from trainers.fit.compiled import needed
+
+    memory, size = needed(str(error)), ""
+    if memory and memory.limit:
+        size = f" ({memory.peak / GiB:.1f} GiB of {memory.limit / GiB:.1f})"
+    elif memory and memory.peak:
+        size = f" (a buffer of {memory.peak / GiB:.1f} GiB)"
     batch = config.input.batch_size
+    again = "" if config.model.remat == "full" else "--config.model.remat=full or "
     return (
-        f"the device has no memory for this{size}: embed fewer of the {batch} pairs at a time, "
-        f"--config.input.microbatch={max(1, batch // 8)}, which changes no result, or take a "
-        f"smaller input.batch_size, input.res={config.input.res} or model"
+        f"the device has no memory for this{size}; {again}"
+        f"--config.input.microbatch={max(1, batch // 8)} (embeds fewer of the {batch} pairs at a "
+        "time) need less and change no result; so do a smaller input.batch_size, "
+        f"input.res={config.input.res} or model. python -m programs.compile_only --fit finds "
+        "settings that fit"
     )
 
 

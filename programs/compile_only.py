@@ -3,7 +3,6 @@
 The pieces are in trainers/fit; this is the command.
 """
 
-import dataclasses
 import json
 import os
 import pathlib

@@ -4,8 +4,12 @@ Two axes: the batch is split over both, `data` and `fsdp`; parameters and optimi
 split over `fsdp` and replicated over `data`.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from base.errors import UserError
@@ -14,28 +18,29 @@ AXES = ("data", "fsdp")
 SMALL = 2**14  # elements; smaller parameters cost more to gather than to keep
 
 
-def make_mesh(devices=None, *, data: int = -1, fsdp: int = 1) -> Mesh:
-    """A mesh over all devices of all processes; one of the sizes may be -1 ("the rest").
+def make_mesh(devices: Sequence[Any] | None = None, *, data: int = -1, fsdp: int = 1) -> Mesh:
+    """A mesh over devices; one of the sizes may be -1 ("the rest").
 
     Args:
+      devices: those of a machine that need not be this one; default all devices of all processes.
       data: number of groups of devices, each with a whole copy of the parameters; -1: the rest.
       fsdp: devices that share one copy of parameters and optimizer state; -1: the rest.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    devices_ = devices
-    devices, sizes = len(devices or jax.devices()), [data, fsdp]
+    devices, sizes = jax.devices() if devices is None else list(devices), [data, fsdp]
     if -1 in sizes:
-        sizes[sizes.index(-1)] = devices // max(1, int(-np.prod(sizes)))
-    if min(sizes) < 1 or np.prod(sizes) != devices:
+        sizes[sizes.index(-1)] = len(devices) // max(1, int(-np.prod(sizes)))
+    if min(sizes) < 1 or np.prod(sizes) != len(devices):
         raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} does not fit {devices} devices "
+            f"mesh data={data} x fsdp={fsdp} does not fit {len(devices)} devices "
             f"(one of the two may be -1: the rest)"
         )
-    from jax.experimental import mesh_utils
-    d=mesh_utils.create_device_mesh(sizes,devices_,allow_split_physical_axes=True) if devices_ and 'TPU' in devices_[0].device_kind else np.array(devices_ or jax.devices()).reshape(sizes)
-    return Mesh(d, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    # Splitting an axis of the machine is the only way to most sizes of fsdp on a TPU slice; other
+    # devices have no such axes.
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def local_mesh() -> Mesh:

@@ -1,12 +1,13 @@
 """What a run prints about itself at its start and at its end."""
 
 import pathlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 import jax
 from clu import parameter_overview
 
+from trainers.fit.compiled import memory_of
 from trainers.objectives import describe_objectives
 from trainers.report import results
 from trainers.report.results import Results
@@ -48,6 +49,14 @@ def introduce(run: TrainingRun, examples: int, state: Any, start: Start) -> None
         table = (run.workdir / PARAMETERS).read_text()
         run.writer.write_texts(run.first_step, {"parameters": f"```\n{table}```"})
         run.writer.write_hparams(config.to_dict())
+
+
+def compiled(run: TrainingRun, update: Callable, *args: Any) -> Callable:
+    """The update compiled for these arguments; prints the memory that it needs on a device."""
+    program = cast(Any, update).lower(*args).compile()
+    memory = memory_of(program, run.setup.mesh.local_devices[0])
+    run.progress.note(f"  memory of a step: {memory}")
+    return program
 
 
 def notes(lines: Iterable[str]) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from input_pipeline.errors import KINDS
 from siglip.sharding import batch_sharding, replicated
@@ -105,6 +104,8 @@ def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
 
 def abstract_tally(mesh: jax.sharding.Mesh) -> Tally:
     """Shapes of a step's tally."""
-    everywhere = replicated(mesh)
-    counts: PyTree = jax.ShapeDtypeStruct((len(KINDS),), jnp.int32, sharding=everywhere)
-    return Tally(counts, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere))
+    shapes: Any = (
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))
+        for shape in ((len(KINDS),), ())
+    )
+    return Tally(*shapes)

@@ -136,7 +136,10 @@ def make_updates(
             with run.clock.waiting():
                 batch = next(batches)
             batch = {k: v for k, v in batch.items() if k in BATCH_FIELDS}
-            state, tally, metrics = update(state, tally, to_device(batch, mesh))
+            batch = to_device(batch, mesh)
+            if step == run.first_step + 1:
+                update = announce.compiled(run, update, state, tally, batch)
+            state, tally, metrics = update(state, tally, batch)
             in_flight.append(metrics["loss"])
             if len(in_flight) > IN_FLIGHT or step == run.first_step + 1:
                 jax.block_until_ready(in_flight.popleft())

@@ -208,7 +208,8 @@ def test_a_device_without_memory_is_one_line_that_says_what_to_do(tmp_path, caps
     flags = [f"--config={MAIN.parent / 'configs' / 'quickstart.py'}", f"--workdir={tmp_path / 'w'}"]
     assert program.main([*flags, "--config.mesh.cpu_devices=0"]) == program.FAILED
     err = capsys.readouterr().err
-    assert "(a buffer of 43.2 GB)" in err and "--config.input.microbatch=8," in err
+    assert "(a buffer of 40.2 GiB)" in err and "--config.input.microbatch=8 " in err
+    assert "--config.model.remat=full or" in err
     assert err.startswith("error: ") and err.count("\n") == 1
 
     def broken(config, workdir):

@@ -148,10 +148,8 @@ class Program:
             parameters = {i.name: _index(i.rest_number) for i in inside if i.opcode == "parameter"}
             constants = {i.name: i for i in inside if i.opcode == "constant"}
             by_name |= constants
-            operands = [
-                fusion.operands[parameters[name]] if name in parameters else name
-                for name in test.operands
-            ]
+            outside = {name: fusion.operands[i] for name, i in parameters.items() if i is not None}
+            operands = [outside.get(name, name) for name in test.operands]
         else:
             operands = list(test.operands)
         if "direction=LT" not in test.rest:

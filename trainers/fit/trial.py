@@ -1,26 +1,26 @@
 """Compiles the step of a config for a topology, with settings as given or with others that fit."""
 
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 import jax
 
-from base.errors import UserError
-from base.words import duration
-from siglip.chips import GiB
-from trainers.assemble import abstract_batch, make_step
-from trainers.fit import compiled as compiling
+from siglip.chips import find_chip
+from siglip.towers.transformer import REMAT
+from trainers.assemble import Step, abstract_batch, make_step
+from trainers.config import durations
 from trainers.fit import config as configs
 from trainers.fit.compiled import SPARE, Memory, compile_step, memory_of
 from trainers.fit.flops import matmul_flops
 from trainers.fit.report import Report, make_report
 from trainers.machine import topology
 from trainers.plan import check_batch
-from trainers.setup import make_setup
+from trainers.setup import Setup, make_setup
 
 Overrides = Iterable[tuple[str, str]]
-STEPS, EXAMPLES = 100_000, 10**9  # of a run whose data nobody has counted
+EXAMPLES = 10**9  # of data that nobody has counted
 
 
 def try_settings(
@@ -52,7 +52,7 @@ def try_settings(
     setup = make_setup(config, devices)
     check_batch(config, setup.mesh)
     model_flops = _model_flops(config, devices)
-    step = make_step(setup, total_steps=STEPS, examples_per_epoch=EXAMPLES)
+    step = _step(setup)
     traced = step.trace(abstract_batch(setup), setup.mesh)
     run_flops = matmul_flops(traced.jaxpr.jaxpr)
     lowered = traced.lower()
@@ -80,11 +80,86 @@ def try_settings(
     return report, text
 
 
+def _step(setup: Setup) -> Step:
+    config = setup.config
+    total = durations.to_steps(
+        config.total,
+        batch_size=config.input.batch_size,
+        examples_per_epoch=EXAMPLES,
+        total_steps=None,
+        key="config.total",
+    )
+    return make_step(setup, total_steps=total or 1, examples_per_epoch=EXAMPLES)
+
+
 def _model_flops(config: Any, devices: Any) -> int:
     """Matmul FLOPs of a step that computes nothing twice, over all devices."""
     plain = config.copy_and_resolve_references()
     with plain.unlocked():
         plain.model.remat, plain.model.scan, plain.input.microbatch = "none", True, 0
     setup = make_setup(plain, devices)
-    step = make_step(setup, total_steps=STEPS, examples_per_epoch=EXAMPLES)
+    step = _step(setup)
     return matmul_flops(step.trace(abstract_batch(setup), setup.mesh).jaxpr.jaxpr)
+
+
+def fit(
+    config_flag: str,
+    overrides: Overrides,
+    name: str,
+    *,
+    log: BinaryIO | None = None,
+    tell: Callable[..., None] = print,
+) -> tuple[Report, str | None]:
+    """The first report with SPARE memory left, of the settings that `candidates` proposes; if there
+    is none, that of the settings that need least."""
+    overrides, best = list(overrides), None
+    config, _ = configs.load(config_flag, overrides)
+    given = dict(overrides)
+    for settings in candidates(config, topology.find_devices(name)):
+        trial = {**given, **settings}
+        shown = " ".join(f"--config.{key}={value}" for key, value in settings.items())
+        report, text = try_settings(
+            config_flag, trial.items(), name, quick=True, log=log, tell=tell
+        )
+        tell(f"{shown or 'as it is'}: {report.memory}", stays=True)
+        if best is None or report.memory.peak < best[0].memory.peak:
+            best = report, text
+        if report.memory.fits and report.memory.spare >= SPARE:
+            return report, text
+    assert best is not None  # the settings as they are were tried
+    return best
+
+
+def candidates(config: Any, devices: list[Any]) -> Iterator[dict[str, str]]:
+    """Settings to try, from those that cost no time to those that cost most.
+
+    1. As it is. 2. `fsdp`, if state fills more than a quarter of the memory: until it fills less.
+    3. `remat`, which computes up to a fifth of a step again. 4. `microbatch`, which adds a forward
+    pass; halved until a device has one pair.
+    """
+    yield {}
+    setup = make_setup(config, devices)
+    chip, settings = find_chip(devices[0]), {}
+    fsdp, most = setup.mesh.shape["fsdp"], (chip.memory if chip else 0) / 4
+    state = state_bytes(_step(setup).state)
+    while most and state > most and fsdp < len(devices):
+        state, fsdp = state / 2, fsdp * 2
+        settings = {"mesh.fsdp": str(fsdp)}
+    if settings:
+        yield settings
+    heavier = REMAT[REMAT.index(config.model.remat) + 1 :]
+    for remat in heavier:
+        settings = {**settings, "model.remat": remat}
+        yield settings
+    pairs = config.input.microbatch or config.input.batch_size
+    while pairs % 2 == 0 and pairs // 2 >= len(devices) and (pairs // 2) % len(devices) == 0:
+        pairs //= 2
+        yield {**settings, "input.microbatch": str(pairs)}
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of the state on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(state)
+    )
