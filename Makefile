@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test parity lint
+.PHONY: quickstart test parity pods lint
 .DEFAULT_GOAL := quickstart
 
 quickstart: .venv/ready
@@ -13,6 +13,9 @@ test: .venv/ready lint
 
 # The peers that tests/siglip/parity compares with; without them those tests skip.
 parity: .venv/parity/ready
+
+# The compiler of TPUs, for tests of programs that are compiled but not run; without it those skip.
+pods: .venv/pods/ready
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
@@ -28,10 +31,12 @@ lint: .venv/ready
 	@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 	@touch $@
 
-# An environment that sees .venv, which does not see it: nothing of the lock moves or hides.
-.venv/parity/ready: requirements-parity.txt | .venv/ready
-	$(BIN)/python -m venv --clear .venv/parity
+# Environments that see .venv, which does not see them: nothing of the lock moves or hides.
+.venv/parity/ready: requirements-parity.txt
+.venv/pods/ready: requirements-tpu.txt
+.venv/parity/ready .venv/pods/ready: | .venv/ready
+	$(BIN)/python -m venv --clear $(@D)
 	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
-	  $(BIN)/python -c "$$packages" > "$$(.venv/parity/bin/python -c "$$packages")/venv.pth"
-	.venv/parity/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	  $(BIN)/python -c "$$packages" > "$$($(@D)/bin/python -c "$$packages")/venv.pth"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@

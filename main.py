@@ -194,14 +194,9 @@ def prepare(flags: argparse.Namespace, rest: list[str]) -> tuple[Any, Any]:
 
 def out_of_memory(config: Any, error: Exception) -> str:
     """The error line for a device that ran out of memory, with what to change."""
-    from siglip.chips import GiB
-    from trainers.fit.compiled import needed
+    from trainers.fit.compiled import shortage
 
-    memory, size = needed(str(error)), ""
-    if memory and memory.limit:
-        size = f" ({memory.peak / GiB:.1f} GiB of {memory.limit / GiB:.1f})"
-    elif memory and memory.peak:
-        size = f" (a buffer of {memory.peak / GiB:.1f} GiB)"
+    size = shortage(str(error))
     batch = config.input.batch_size
     again = "" if config.model.remat == "full" else "--config.model.remat=full or "
     return (

@@ -152,6 +152,16 @@ def needed(message: str, log: str = "", device: Any = None) -> Memory | None:
     return Memory(int(match[1]) if match else 0, chip.memory if chip and not match else 0)
 
 
+def shortage(message: str) -> str:
+    """' (65.3 GiB of 30.8)' of an error about memory; '' where it has no numbers."""
+    memory = needed(message)
+    if memory is None or not memory.peak:
+        return ""
+    if memory.limit:
+        return f" ({memory.peak / GiB:.1f} GiB of {memory.limit / GiB:.1f})"
+    return f" (a buffer of {memory.peak / GiB:.1f} GiB)"
+
+
 def _buffers(log: str) -> tuple[tuple[int, str], ...]:
     """(bytes, shape) of the ten largest buffers of libtpu's report."""
     rows = re.findall(rf"^ *[\d.]+\w+\([^)]*\); *{_SIZE}i?B; *\d+; *\d+; (.+)$", log, re.MULTILINE)
