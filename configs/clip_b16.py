@@ -20,9 +20,12 @@ def get_config(
     tokenizer: str = "",
     batch_size: int = 32_768,
     res: int = 224,
+    slice: str = "",
     runlocal: bool = False,
 ) -> ConfigDict:
-    config = siglip_b16.get_config(dataset, data_dir, text, tokenizer, batch_size, res, runlocal)
+    config = siglip_b16.get_config(
+        dataset, data_dir, text, tokenizer, batch_size, res, slice, runlocal
+    )
     config.objectives.contrastive.name = "softmax"
     config.model.b_init = None
     return config

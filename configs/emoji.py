@@ -17,11 +17,6 @@ def get_config(
     res: int = 64,
     total: str = "40 epochs",
 ) -> ConfigDict:
-    if not data_dir:
-        raise ValueError(
-            "pass the folder of the emoji table, see `python -m programs.prepare_table --help`: "
-            "--config configs/emoji.py:data_dir=..."
-        )
     source = {
         "name": "files",
         "path": f"{data_dir}/pairs.jsonl",
@@ -30,6 +25,11 @@ def get_config(
         "label_column": "class",
     }
     config = ConfigDict()
+    if not data_dir:
+        config.missing = (
+            "pass the folder of the emoji table, see `python -m programs.prepare_table --help`: "
+            "--config configs/emoji.py:data_dir=..."
+        )
     config.total = total
     sizes = {"width": 128, "mlp_dim": 512, "num_heads": 4}
     config.model = ConfigDict(

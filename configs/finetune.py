@@ -60,10 +60,13 @@ def get_config(
 ) -> ConfigDict:
     if recipe not in RECIPES:
         raise ValueError(f"recipe={recipe!r} is none of {', '.join(RECIPES)}")
-    if not (init and path):
-        raise ValueError("pass init=WEIGHTS and path=PAIRS: --config configs/...:init=...,path=...")
+    lacking = "pass init=WEIGHTS and path=PAIRS: --config configs/...:init=...,path=..."
+    if not init:
+        raise ValueError(lacking)
     recipe_batch_size, recipe_total, recipe_token_len, lr, wd = RECIPES[recipe]
     config = ConfigDict()
+    if not path:
+        config.missing = lacking
     config.total = total or recipe_total
     config.init = init
     config.contract = model or init

@@ -12,14 +12,14 @@ from ml_collections import ConfigDict
 def get_config(
     data_dir: str = "", batch_size: int = 128, res: int = 64, total: str = "25 epochs"
 ) -> ConfigDict:
-    if not data_dir:
-        raise ValueError(
-            "pass the folder of the grocery table, see `python -m programs.prepare_table --help`: "
-            "--config configs/grocery.py:data_dir=..."
-        )
     source = {"name": "files", "path": f"{data_dir}/pairs.jsonl"}
     test = {**source, "split": "test"}
     config = ConfigDict()
+    if not data_dir:
+        config.missing = (
+            "pass the folder of the grocery table, see `python -m programs.prepare_table --help`: "
+            "--config configs/grocery.py:data_dir=..."
+        )
     config.total = total
     sizes = {"width": 128, "mlp_dim": 512, "num_heads": 4}
     config.model = ConfigDict(

@@ -22,9 +22,12 @@ def get_config(
     tokenizer: str = "",
     batch_size: int = 32_768,
     res: int = 224,
+    slice: str = "",
     runlocal: bool = False,
 ) -> ConfigDict:
-    config = siglip_b16.get_config(dataset, data_dir, text, tokenizer, batch_size, res, runlocal)
+    config = siglip_b16.get_config(
+        dataset, data_dir, text, tokenizer, batch_size, res, slice, runlocal
+    )
     config.model.txt.bottleneck = 96
     if not runlocal:
         config.total = "30e9 examples"

@@ -8,11 +8,25 @@ of .tar (WebDataset), .parquet or .array_record files ('gs://bucket/pairs/{00000
 imagenet2012 and coco_captions, prepared by TFDS in data_dir, are what it is evaluated on.
 The paper's data are private; it reports 73.4 % ImageNet zero-shot after 9e9 examples.
 Not run at full size here. `:runlocal` shrinks model, batch and length to try the same files.
+
+`slice` sets what a machine needs to hold the batch: one of SLICES, named as by
+`python -m programs.compile_only`, which says whether a step fits and how long it may take:
+
+  python -m programs.compile_only --config configs/siglip_b16.py:slice=v4:4x4x2
 """
 
 from ml_collections import ConfigDict
 
-from configs import _source
+from configs import _slice, _source
+
+# Settings with which a batch of 32,768 fits, measured by compiling: docs/fit.md.
+SLICES: dict[str, dict] = {
+    "v4:4x4x2": {"model.remat": "full"},
+    "v5e:16x16": {},
+    "v6e:8x8": {},
+    "h200:1x1x1": {"input.microbatch": 1024},
+    "h200:1x1x8": {},
+}
 
 
 def get_config(
@@ -22,6 +36,7 @@ def get_config(
     tokenizer: str = "",
     batch_size: int = 32_768,
     res: int = 224,
+    slice: str = "",
     runlocal: bool = False,
 ) -> ConfigDict:
     source = {"name": "tfds", "dataset": dataset, "data_dir": data_dir}
@@ -93,6 +108,7 @@ def get_config(
             },
         }
     )
+    _slice.apply(config, slice, SLICES)
     if runlocal:
         shrink(config)
     return config

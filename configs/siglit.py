@@ -33,9 +33,9 @@ def get_config(
     batch_size: int = 32_768,
     total: str = "65000 steps",
 ) -> ConfigDict:
-    if not path:
-        raise ValueError("pass path=FOLDER, which python -m programs.embed has written")
     config = ConfigDict()
+    if not path:
+        config.missing = "pass path=FOLDER, which python -m programs.embed has written"
     config.total = total
     config.model = ConfigDict(
         {

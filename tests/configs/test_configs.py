@@ -34,7 +34,7 @@ ARGUMENTS = {
     "emoji": "data_dir=folder",
     "grocery": "data_dir=folder",
     **dict.fromkeys(
-        ("siglip_b16", "clip_b16", "msiglip_b16"),
+        ("siglip_b16", "siglip_l16", "siglip_so400m", "clip_b16", "msiglip_b16"),
         "dataset=my_pairs,data_dir=folder,tokenizer=pieces.model",
     ),
     **dict.fromkeys(
