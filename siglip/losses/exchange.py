@@ -36,14 +36,18 @@ class Exchange:
     Attributes:
       name: one of EXCHANGES.
       axes: mesh axes that rows are sharded over, in order.
-      devices: how many those are.
+      order: positions along these axes, in the order of the ring (cycle.ring_order).
       unroll: steps per iteration of the loop round the ring.
     """
 
     name: str
     axes: tuple[str, ...]
-    devices: int
+    order: tuple[int, ...]
     unroll: int = 1
+
+    @property
+    def devices(self) -> int:
+        return len(self.order)
 
     def tour(
         self, visit: Visit, carry: Any, block: Any, *, combine: Callable = jnp.add
@@ -100,7 +104,7 @@ class Exchange:
         return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *accumulators)
 
     def _hop(self, tree, way: int):
-        pairs = [(i, (i + way) % self.devices) for i in range(self.devices)]
+        pairs = [(i, self.order[(k + way) % self.devices]) for k, i in enumerate(self.order)]
         return jax.tree.map(lambda x: lax.ppermute(x, self.axes, pairs), tree)
 
     def _gather(self, visit: Visit, carry, block, combine):

@@ -6,6 +6,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from siglip.losses.cycle import ring_order
+
 
 def logit_stats(
     zimg: Float[Array, "N d"],
@@ -44,7 +46,8 @@ def logit_stats(
 def _max_negative(mesh: Mesh, rows: int, zimg, ztxt, mask) -> Array:
     """The largest cosine of an image with the text of another image, over all devices."""
     axes, devices = tuple(mesh.axis_names), mesh.size
-    to_next = [(i, (i + 1) % devices) for i in range(devices)]
+    order = ring_order(mesh, axes)
+    to_next = list(zip(order, (*order[1:], order[0])))
 
     def tour(x, y, mask_x):
         n = len(x)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from siglip.losses import exchange as exchanges
+from siglip.losses.cycle import ring_order
 from siglip.losses.pairs import Pairs, check_ids
 
 DTYPES = ("float32", "bfloat16")
@@ -88,7 +89,7 @@ def make_plan(
         logging.getLogger(__name__).info("exchange %s (%s)", choice.name, choice.why)
         exchange = choice.name
     tile_rows = tile or default_tile_rows(n, mesh.devices.flat[0].platform)
-    exchange = exchanges.Exchange(exchange, axes, devices, unroll)
+    exchange = exchanges.Exchange(exchange, axes, ring_order(mesh, axes), unroll)
     return LossPlan(mesh, exchange, tile_rows, dtype, pairs)
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from topologies import devices_of, slices
 
 from siglip.sharding import make_mesh, params_sharding, to_device
 
@@ -20,6 +21,24 @@ def test_minus_one_is_the_rest_of_the_devices(sizes, shape):
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
     with pytest.raises(ValueError, match="does not fit 8 devices"):
         make_mesh(**sizes)
+
+
+def test_a_mesh_over_some_devices_has_those_in_their_order():
+    devices = jax.devices()[2:6]
+    assert list(make_mesh(devices, fsdp=2).devices.flat) == devices
+    with pytest.raises(ValueError, match="does not fit 4 devices"):
+        make_mesh(devices, fsdp=8)
+
+
+@pytest.mark.parametrize("kind", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
+def test_every_slice_of_tpus_has_a_mesh_of_every_fsdp(kind):
+    for name in slices():
+        if name.startswith(f"{kind}:"):
+            devices = devices_of(name)
+            for fsdp in [2**i for i in range(len(devices).bit_length())]:
+                mesh = make_mesh(devices, fsdp=fsdp)
+                assert dict(mesh.shape) == {"data": len(devices) // fsdp, "fsdp": fsdp}, name
+                assert set(mesh.devices.flat) == set(devices), name
 
 
 def test_large_parameters_are_split_over_fsdp_along_the_largest_axis_that_divides():
