@@ -1,10 +1,13 @@
 """A case of the benchmark of training, with towers, batch and precision, and its FLOPs.
 
-The standard library alone, because workers of other environments read it too.
+The standard library alone (siglip.chips has no more), because workers of other environments read it
+too.
 """
 
 import dataclasses
 from typing import Any
+
+from siglip.chips import find_kind
 
 SMALL = {"width": 384, "depth": 6, "mlp_dim": 1536, "num_heads": 6}
 
@@ -87,24 +90,7 @@ def _head(tower: dict[str, Any], tokens: int) -> int:
     return flops
 
 
-# Dense bfloat16 FLOP/s of one chip, by vendors' data sheets. The first key that is in JAX's
-# device_kind, in lower case, counts.
-PEAKS = {
-    "h200": 989e12,
-    "h100 pcie": 756e12,
-    "h100 nvl": 835e12,
-    "h100": 989e12,
-    "a100": 312e12,
-    "tpu v6": 918e12,
-    "tpu v5p": 459e12,
-    "tpu v5e": 197e12,
-    "tpu v5 lite": 197e12,
-    "tpu v5": 459e12,
-    "tpu v4": 275e12,
-}
-
-
 def peak_flops(device_kind: str) -> float | None:
     """The chip's peak in FLOP/s; None if it is not known, as for every CPU."""
-    kind = device_kind.lower()
-    return next((peak for key, peak in PEAKS.items() if key in kind), None)
+    chip = find_kind(device_kind)
+    return chip and chip.flops

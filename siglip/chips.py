@@ -36,6 +36,7 @@ class Chip:
 CHIPS = {
     "TPU v4": Chip(275e12, int(30.75 * GiB), 1228e9, 45e9, 2e-6, True, 1.05e9),
     "TPU v5 lite": Chip(197e12, int(15.75 * GiB), 819e9, 45e9, 2e-6, True, 1.5e9),
+    "TPU v5e": Chip(197e12, int(15.75 * GiB), 819e9, 45e9, 2e-6, True, 1.5e9),
     "TPU v5": Chip(459e12, int(95.74 * GiB), 2765e9, 90e9, 2e-6, True, 1.75e9),
     "TPU v6": Chip(918e12, int(31.25 * GiB), 1640e9, 90e9, 2e-6, True, 1.75e9),
     "TPU7x": Chip(1153e12, int(94.75 * GiB), 3690e9, 100e9, 2e-6, True, 2.2e9),
@@ -52,5 +53,9 @@ UNKNOWN = Chip(300e12, 0, 1e12, 50e9, 2e-5, False)
 
 def find_chip(device: Any) -> Chip | None:
     """The chip of a JAX device; None for kinds that are not in the table, CPUs among them."""
-    kind = device.device_kind
+    return find_kind(device.device_kind)
+
+
+def find_kind(kind: str) -> Chip | None:
+    """The chip of a device_kind; None for kinds that are not in the table, CPUs among them."""
     return next((chip for name, chip in CHIPS.items() if kind.startswith(name)), None)

@@ -7,8 +7,9 @@ exchanges are exact; they differ in what is sent when, and in memory:
   ring           one block a step to the next device, its accumulator a step behind. O(n) memory.
   bidirectional  half a block each way: on a torus, whose links run both ways at once, half the
                  time on the wires. O(n) memory.
-  gather         one all-gather, one visit, one reduce-scatter: two messages instead of 2 D - 1,
-                 for when n is so small that the ring would only wait. O(N) memory.
+  gather         one all-gather, one visit, one reduce-scatter (on TPUs two of each): 2 or 4
+                 messages instead of 2 D - 1, for when n is so small that the ring would only wait.
+                 O(N) memory.
 """
 
 import dataclasses
@@ -21,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
+
+from siglip.chips import CPU, UNKNOWN, find_chip
 
 EXCHANGES = ("ring", "bidirectional", "gather")
 
@@ -38,12 +41,15 @@ class Exchange:
       axes: mesh axes that rows are sharded over, in order.
       order: positions along these axes, in the order of the ring (cycle.ring_order).
       unroll: steps per iteration of the loop round the ring.
+      row: if above 1, `gather` takes two steps: within rows of so many devices, then between them,
+        and the other way round for what goes home.
     """
 
     name: str
     axes: tuple[str, ...]
     order: tuple[int, ...]
     unroll: int = 1
+    row: int = 1
 
     @property
     def devices(self) -> int:
@@ -112,8 +118,9 @@ class Exchange:
         first = lax.axis_index(self.axes) * rows
 
         def others(x):  # rolled, so that the own rows come first and can be left out
-            everyone = lax.all_gather(x, self.axes, tiled=True)
-            return jnp.roll(everyone, -first, axis=0)[rows:]
+            for groups in reversed(self._groups()):
+                x = lax.all_gather(x, self.axes, axis_index_groups=groups, tiled=True)
+            return jnp.roll(x, -first, axis=0)[rows:]
 
         arriving = jax.tree.map(others, block)
         carry, own = visit(carry, block, True)
@@ -122,32 +129,36 @@ class Exchange:
         def return_to_owners(own, rest):
             everyone = jnp.roll(jnp.concatenate([own, rest]), first, axis=0)
             if combine is jnp.add:
-                return lax.psum_scatter(everyone, self.axes, tiled=True)
+                for groups in self._groups():
+                    everyone = lax.psum_scatter(
+                        everyone, self.axes, axis_index_groups=groups, tiled=True
+                    )
+                return everyone
             by_device = everyone.reshape(self.devices, rows, *everyone.shape[1:])
             received = lax.all_to_all(by_device, self.axes, 0, 0)
             return functools.reduce(combine, received)
 
         return carry, jax.tree.map(return_to_owners, own, rest)
 
+    def _groups(self):
+        """Groups of devices of each reduce-scatter; all-gathers take them in reverse."""
+        if self.row == 1:
+            return [None]
+        rows = [list(r) for r in zip(*[iter(range(self.devices))] * self.row)]
+        return [list(map(list, zip(*rows))), rows]
+
+
+def row_of(mesh: Mesh, devices: int) -> int:
+    """Exchange.row. XLA for TPUs makes all-reduces, with twice the bytes, of most reduce-scatters
+    over 8 devices or more and of all-gathers over 64, and of none within rows or between them."""
+    if mesh.devices.flat[0].platform != "tpu" or devices < 8:
+        return 1
+    return max(k for k in range(1, math.isqrt(devices) + 1) if devices % k == 0)
+
 
 # The choice of an exchange
 
-# Device kind (its beginning) -> dense matmul FLOP/s in bf16, bytes/s of a link in one direction,
-# seconds before the first byte of a message arrives, whether the links form a torus. Vendors'
-# figures; the latencies are estimates, and a small TPU slice may lack the torus' last link.
-DEVICE_KINDS = {
-    "TPU v4": (275e12, 45e9, 2e-6, True),
-    "TPU v5 lite": (197e12, 45e9, 2e-6, True),
-    "TPU v5": (459e12, 90e9, 2e-6, True),
-    "TPU v6": (918e12, 90e9, 2e-6, True),
-    "NVIDIA A100": (312e12, 300e9, 2e-5, False),
-    "NVIDIA H100": (989e12, 450e9, 2e-5, False),
-    "NVIDIA H200": (989e12, 450e9, 2e-5, False),
-    # Emulated devices share the cores and the memory of one machine, see docs/ring.md.
-    "cpu": (60e9, 5e9, 5e-4, False),
-}
-UNKNOWN_DEVICE = (300e12, 50e9, 2e-5, False)
-BETWEEN_GPU_HOSTS = (50e9, 5e-5)  # GPUs in several hosts: 400 Gb/s each
+BETWEEN_GPU_HOSTS = (50e9, 5e-5)  # bytes/s, seconds: GPUs in several hosts, 400 Gb/s each
 GATHER_BYTES = 2**28  # what `gather` may hold on a device
 
 
@@ -170,14 +181,15 @@ def choose(mesh: Mesh, *, n: int, d: int, devices: int, itemsize: int) -> Choice
       n, d: rows and width of a block. itemsize: bytes of a travelling number.
     """
     device = mesh.devices.flat[0]
-    kind = next((k for k in DEVICE_KINDS if device.device_kind.startswith(k)), None)
-    flops, wire, latency, torus = DEVICE_KINDS[kind] if kind else UNKNOWN_DEVICE
+    on_cpu = device.platform == "cpu"
+    chip = CPU if on_cpu else find_chip(device) or UNKNOWN
+    wire, latency = chip.wire, chip.latency
     if device.platform == "gpu" and len({x.process_index for x in mesh.devices.flat}) > 1:
         wire, latency = BETWEEN_GPU_HOSTS
-    flops = flops / 4 if itemsize == 4 and device.platform != "cpu" else flops  # f32 in passes
+    flops = chip.flops / 4 if itemsize == 4 and not on_cpu else chip.flops  # f32 in passes
     visit = 6 * n * n * d / flops
     block = n * d * (itemsize + 4) / wire  # embeddings and their float32 accumulator
-    ways = 2 if torus else 1  # links that send at a time
+    ways = 2 if chip.torus else 1  # links that send at a time
     seconds = {
         "ring": devices * max(visit, block + 2 * latency),
         "bidirectional": devices * max(visit, (block + 4 * latency) / ways),

@@ -61,6 +61,10 @@ class LossPlan:
     def on_cpu(self) -> bool:
         return self.mesh.devices.flat[0].platform == "cpu"
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.mesh.devices.flat[0].platform == "gpu"
+
 
 def matmul(a, b) -> Array:
     # f32 in, f32 throughout (not TF32 or bf16 passes); bf16 in, f32 accumulation.
@@ -89,7 +93,8 @@ def make_plan(
         logging.getLogger(__name__).info("exchange %s (%s)", choice.name, choice.why)
         exchange = choice.name
     tile_rows = tile or default_tile_rows(n, mesh.devices.flat[0].platform)
-    exchange = exchanges.Exchange(exchange, axes, ring_order(mesh, axes), unroll)
+    order, row = ring_order(mesh, axes), exchanges.row_of(mesh, devices)
+    exchange = exchanges.Exchange(exchange, axes, order, unroll, row)
     return LossPlan(mesh, exchange, tile_rows, dtype, pairs)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Integer
 
@@ -171,19 +172,32 @@ def _sigmoid(shard: Shard, y, wanted: Wanted):
 
     def visit(carry, tile: Tile):
         (nll_sum, gs_sum, g_sum), dx = carry
-        logits = shard.t * tile.s + shard.b
-        signed = logits if tile.positive is None else jnp.where(tile.positive, -logits, logits)
-        small = jnp.exp(-jnp.abs(logits))  # never overflows
-        nll = jnp.where(signed >= 0, signed, 0) + jnp.log1p(small)  # softplus
-        g = jnp.where(signed >= 0, 1, small) / (1 + small)  # sigmoid
-        if tile.positive is not None:
-            g = jnp.where(tile.positive, -g, g)
         counted = kept(shard, tile, least)
-        if counted is not None:
-            nll, g = jnp.where(counted, nll, 0), jnp.where(counted, g, 0)
+
+        def terms(t, b):
+            """Each pair's loss, and its derivative by the logit."""
+            logits = t * tile.s + b
+            signed = logits if tile.positive is None else jnp.where(tile.positive, -logits, logits)
+            small = jnp.exp(-jnp.abs(logits))  # never overflows
+            nll = jnp.where(signed >= 0, signed, 0) + jnp.log1p(small)  # softplus
+            g = jnp.where(signed >= 0, 1, small) / (1 + small)  # sigmoid
+            if tile.positive is not None:
+                g = jnp.where(tile.positive, -g, g)
+            if counted is not None:
+                nll, g = jnp.where(counted, nll, 0), jnp.where(counted, g, 0)
+            return nll, g
+
+        nll, g = terms(shard.t, shard.b)
         if wanted.nothing:
             return ((nll_sum + nll.sum(), gs_sum, g_sum), dx), None
-        sums = (nll_sum + nll.sum(), gs_sum + (g * tile.s).sum(), g_sum + g.sum())
+        summed = g
+        if plan.on_gpu:
+            # XLA for GPUs would write exp(-|l|) to memory, for the loss, for g, and for g's sums.
+            # Where they do not seem to share it, it makes one pass that reads s and writes g.
+            again = lax.optimization_barrier((shard.t, shard.b))
+            nll, _ = terms(*again)
+            _, summed = terms(*lax.optimization_barrier(again))
+        sums = (nll_sum + nll.sum(), gs_sum + (summed * tile.s).sum(), g_sum + summed.sum())
         g = g.astype(plan.dtype)
         dx = dx + plan.transposed_matmul(g, tile.y) if wanted.stay else dx
         return (sums, dx), (matmul(g, shard.x) if wanted.travel else None)

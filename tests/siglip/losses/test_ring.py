@@ -103,6 +103,19 @@ def test_one_sided_gradients_equal_those_of_the_definition(loss, side, exchange)
         assert relative_error(g, w) < 1e-5 if np.any(w) else not np.any(g)
 
 
+@pytest.mark.parametrize("row", [2, 4])
+@pytest.mark.parametrize("axes", [("data", "fsdp"), ("fsdp", "data")])
+def test_gather_in_two_steps_equals_the_definition(row, axes, monkeypatch):
+    monkeypatch.setattr("siglip.losses.exchange.row_of", lambda mesh, devices: row)
+    mask = np.random.default_rng(1).random(40) > 0.2
+    options = dict(mesh=mesh_of(4, 2), axes=axes, exchange="gather", tile=7)
+    assert_equals_definition(
+        lambda *a: ring.sigmoid_loss(*a, mask, **options),
+        lambda *a: definitions.sigmoid_loss(*a, mask),
+        inputs(40, 16, 117.0, -12.9),
+    )
+
+
 OPTIONS = [
     Pairs(duplicates="ignore"),
     Pairs(duplicates="positive"),

@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from loss_inputs import ARGNUMS, inputs, mesh_of
 
+from siglip.chips import find_kind
 from siglip.losses import ring
-from siglip.losses.exchange import choose
+from siglip.losses.exchange import choose, row_of
 from siglip.losses.pairs import Pairs
 from siglip.losses.plan import default_tile_rows
 
@@ -142,9 +143,46 @@ def test_auto_takes_the_exchange_with_the_least_estimate_and_logs_it(caplog):
     assert "exchange gather (cpu, n=8, d=4, D=8: ring" in caplog.text
 
 
+def mesh_of_kind(kind: str, devices: int, platform: str = "tpu", hosts: int = 1):
+    chips = [
+        types.SimpleNamespace(device_kind=kind, platform=platform, process_index=i % hosts)
+        for i in range(devices)
+    ]
+    return types.SimpleNamespace(devices=np.array(chips))
+
+
 @pytest.mark.parametrize("n, expected", [(256, "gather"), (4096, "bidirectional"), (2**14, "ring")])
-def test_a_torus_takes_both_ways_unless_blocks_are_small(n, expected, monkeypatch):
-    device = types.SimpleNamespace(device_kind="TPU v4", platform="tpu", process_index=0)
-    mesh = types.SimpleNamespace(devices=np.array([device] * 64))
+def test_a_torus_takes_both_ways_unless_blocks_are_small(n, expected):
+    mesh = mesh_of_kind("TPU v4", 64)
     choice = choose(mesh, n=n, d=768, devices=64, itemsize=2)  # type: ignore
     assert choice.name == expected  # sends that compute hides anyway are not worth halving
+
+
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"])
+def test_estimates_follow_from_the_table_of_chips(kind):
+    chip, n, d = find_kind(kind), 512, 768
+    assert chip is not None
+    mesh = mesh_of_kind(kind, 16)
+    seconds = choose(mesh, n=n, d=d, devices=16, itemsize=2).seconds  # type: ignore
+    visit, block = 6 * n * n * d / chip.flops, n * d * 6 / chip.wire
+    assert seconds["ring"] == 16 * max(visit, block + 2 * chip.latency)
+    assert seconds["bidirectional"] == 16 * max(visit, block / 2 + 2 * chip.latency)
+    gathered = 15 * block / 2  # all-gathers and reduce-scatters, of each block once
+    assert seconds["gather"] == pytest.approx(16 * visit + gathered + 8 * chip.latency)
+
+
+def test_hosts_of_gpus_and_unknown_devices_have_estimates():
+    def ring_of(kind, **options):
+        mesh = mesh_of_kind(kind, 16, "gpu", **options)
+        return choose(mesh, n=256, d=768, devices=16, itemsize=2).seconds["ring"]  # type: ignore
+
+    assert ring_of("NVIDIA H200") < ring_of("NVIDIA H200", hosts=2)
+    assert ring_of("NVIDIA H200") < ring_of("NVIDIA X9000")
+    assert ring_of("NVIDIA X9000", hosts=2) == ring_of("NVIDIA H200", hosts=2)
+
+
+def test_gather_takes_two_steps_on_tpus_from_8_devices_on():
+    rows = {devices: row_of(mesh_of_kind("TPU v4", devices), devices) for devices in (4, 8, 64, 96)}  # type: ignore
+    assert rows == {4: 1, 8: 2, 64: 8, 96: 8}
+    assert row_of(mesh_of_kind("TPU v4", 7), 7) == 1  # type: ignore
+    assert row_of(mesh_of_kind("NVIDIA H200", 8, "gpu"), 8) == 1  # type: ignore

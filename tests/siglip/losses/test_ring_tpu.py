@@ -94,3 +94,18 @@ def test_a_ring_over_some_axes_is_asynchronous_too(axes):
     _, program = compiled("v5e:16x16", "ring", axes, fsdp=8)
     assert " collective-permute(" not in program.as_text()
     assert min(matmuls_during_permutes(program.as_text())) >= 1
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v4:2x2x2", "v5e:8x8", "v6e:4x4", "v5p:2x2x4"])
+def test_gather_sends_no_all_reduce_of_embeddings_or_gradients(name):
+    mesh, program = compiled(name, "gather")
+    text = program.as_text()
+    results = re.findall(r" = (.*) (all-gather|reduce-scatter|all-reduce)(?:-start)?\(", text)
+    rows = {"all-gather": [], "reduce-scatter": [], "all-reduce": []}
+    for shape, op in results:  # of an asynchronous one the operand too, which has fewer rows
+        rows[op] += (
+            [max(map(int, found))] if (found := re.findall(rf"\[(\d+),{D}\]", shape)) else []
+        )
+    assert rows["all-reduce"] == []  # only that of the sums
+    assert max(rows["all-gather"]) == N * mesh.size and min(rows["reduce-scatter"]) == N
+    assert len(rows["reduce-scatter"]) == 1 + (mesh.size > 4)
