@@ -13,9 +13,11 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from base.errors import UserError
+from siglip.leaf_names import path_name
 
 AXES = ("data", "fsdp")
 SMALL = 2**14  # elements; smaller parameters cost more to gather than to keep
+BLOCKS = "encoderblock"  # name of the stacked layers of a scan, and beginning of that of each layer
 
 
 def make_mesh(devices: Sequence[Any] | None = None, *, data: int = -1, fsdp: int = 1) -> Mesh:
@@ -75,20 +77,25 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def params_sharding(abstract_params, mesh: Mesh):
-    """A NamedSharding for each array of a tree: its largest axis that `fsdp` divides is split.
+    """A NamedSharding for each array of a tree: one axis of the large ones is split over `fsdp`.
 
+    It is the one, of those that `fsdp` divides, whose parts have the most factors of two, as parts
+    that fill the tiles of a TPU are summed with half the traffic (towers/shards.py); of several the
+    largest. Layers stacked for a scan are split as each layer is, for they are gathered one by one.
     Works for optimizer state too, whose arrays have the shapes of parameters or are small.
     """
     fsdp = mesh.shape["fsdp"]
 
-    def one(x) -> NamedSharding:
+    def one(path, x) -> NamedSharding:
+        stacked = int(BLOCKS in path_name(path).split("/") and len(x.shape) > 0)
         spec: list[str | None] = [None] * len(x.shape)
-        divisible = [i for i, size in enumerate(x.shape) if size % fsdp == 0]
-        if fsdp > 1 and divisible and np.prod(x.shape) >= SMALL:
-            spec[max(divisible, key=lambda i: x.shape[i])] = "fsdp"
+        divisible = [i for i in range(stacked, len(x.shape)) if x.shape[i] % fsdp == 0]
+        if fsdp > 1 and divisible and np.prod(x.shape[stacked:]) >= SMALL:
+            parts = {i: x.shape[i] // fsdp for i in divisible}
+            spec[max(parts, key=lambda i: (parts[i] & -parts[i], parts[i]))] = "fsdp"
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree.map(one, abstract_params)
+    return jax.tree_util.tree_map_with_path(one, abstract_params)
 
 
 def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from siglip.losses.facts import check_needs
+from siglip.towers.shards import Known, gather_outside_blocks
 from siglip.towers.two_towers import TOWERS
 from siglip.towers.vit import images_of
 
@@ -24,7 +25,7 @@ Params = dict[str, Any]
 
 
 class Rows(NamedTuple):
-    """What an objective makes of the n rows of one microbatch.
+    """What an objective makes of the n rows of one microbatch on one device.
 
     Attributes:
       z: name -> [n, ...], what `batch` must see of every example. The name, up to a '/', is the
@@ -32,8 +33,8 @@ class Rows(NamedTuple):
         subtree is frozen, z gets no gradient and the loss saves the matmul of it. So it is with
         'averaged/...', a teacher's, and with what is not a floating-point number.
       total: sum of the objective's loss over the rows whose `mask` is True; the step divides the
-        sum over all microbatches by the number of those rows.
-      stats: pytree of sums over rows, which `carry` gets, added up over the microbatches.
+        sum over all microbatches and devices by the number of those rows.
+      stats: pytree of sums over rows, which `carry` gets, added up over microbatches and devices.
     """
 
     z: dict[str, Array] = {}  # noqa: RUF012  # read only
@@ -48,8 +49,9 @@ class Objective:
     Attributes:
       rows: (params, averaged, carried, part, key) -> Rows. `params` is the whole tree, `averaged`
         the moving averages that config.average keeps (a teacher, {} without), `carried` this
-        objective's own state, `part` one microbatch (see Part), `key` differs every step and is
-        the same for all microbatches: fold part.batch['row'] in.
+        objective's own state, `part` one device's rows of one microbatch (see Part): arrays are
+        ordinary ones, and nothing is exchanged with other devices. `key` differs every step and
+        is the same for all microbatches and devices: fold part.batch['row'] in.
       init: (key, params) -> {subtree: parameters} that this objective adds to those of the towers,
         such as a decoder or a head; named as no other subtree is.
       batch: (z, params, facts) -> scalar, a loss of the whole batch, on global arrays. `z` joins
@@ -88,7 +90,7 @@ class Objective:
 
 
 class Part:
-    """One microbatch and the towers.
+    """One device's rows of one microbatch, and the towers.
 
     Objectives that call a tower with the same parameters share one forward and one backward pass.
 
@@ -102,12 +104,13 @@ class Part:
         model: Any,
         batch: Mapping[str, Array],
         key: Array,
-        place: Callable,
         capture: Collection[str] = (),
+        known: Known | None = None,
     ):
-        """Args: see Objectives, which makes parts; `capture` is that of all objectives."""
+        """Args: see Objectives, which makes parts; `capture` is that of all objectives, `known`
+        has the shards of parameters that are split over devices."""
         self.batch = batch
-        self._model, self._key, self._place = model, key, place
+        self._model, self._key, self._known = model, key, known or Known()
         split = sorted({tuple(name.split("/", 1)) for name in capture})
         self._capture = {
             tower: tuple(output for of, output in split if of == tower) for tower in TOWERS
@@ -126,8 +129,9 @@ class Part:
         for known_params, known_tower, output in self._outputs:
             if known_params is params and known_tower == tower:
                 return output
+        own = {tower: params[tower]} if tower in params else {}  # a precomputed tower has none
         z, out = self._model.apply(
-            {"params": params},
+            {"params": gather_outside_blocks(self._known.shards(own))},
             inputs,
             rows=self.batch["row"],
             train=True,
@@ -135,9 +139,8 @@ class Part:
             rngs={"dropout": self._key},
             method=method,
         )
-        output = self._place(z), out
-        self._outputs.append((params, tower, output))
-        return output
+        self._outputs.append((params, tower, (z, out)))
+        return z, out
 
 
 def objective_key(key: Array, name: str) -> Array:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from siglip.towers.shards import gathering
+
 # name: (width, depth, mlp_dim, num_heads). Table 2 of "Scaling Vision Transformers" (2106.04560);
 # So400m from 2305.13035, g-opt from SigLIP 2 (2502.14786).
 VARIANTS = {
@@ -202,7 +204,10 @@ class Encoder(nn.Module):
         memory while one is asked for.
         """
         kept = {name: block_index(name, self.depth) for name in capture if name != ATTENTION}
-        block = EncoderBlock
+        # In the training step parameters may be shards: 'full' gathers them for the backward pass
+        # again, else they are gathered outside of what is recomputed, and kept.
+        regather = self.remat == "full"
+        block = gathering(EncoderBlock, self.variables) if regather else EncoderBlock
         if self.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             block = nn.remat(
@@ -210,6 +215,8 @@ class Encoder(nn.Module):
                 prevent_cse=not self.scan,  # a scan's body cannot be merged with its copy
                 policy=policy if self.remat == "dots" else None,
             )
+        if not regather:
+            block = gathering(block, self.variables)
         sizes: dict[str, Any] = dict(
             mlp_dim=self.mlp_dim,
             num_heads=self.num_heads,

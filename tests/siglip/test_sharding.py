@@ -41,11 +41,12 @@ def test_every_slice_of_tpus_has_a_mesh_of_every_fsdp(kind):
                 assert set(mesh.devices.flat) == set(devices), name
 
 
-def test_large_parameters_are_split_over_fsdp_along_the_largest_axis_that_divides():
+def test_large_parameters_are_split_over_fsdp_along_an_axis_that_divides():
     mesh = make_mesh(fsdp=4)
     params = {
         "kernel": jnp.zeros((128, 512)),
         "odd": jnp.zeros((516, 1001)),
+        "in_tiles": jnp.zeros((1152, 4304)),  # 288 rows, 1076 columns
         "none_divides": jnp.zeros((501, 1001)),
         "small": jnp.zeros((8, 8)),
         "scalar": jnp.zeros(()),
@@ -53,10 +54,22 @@ def test_large_parameters_are_split_over_fsdp_along_the_largest_axis_that_divide
     specs = jax.tree.map(lambda s: s.spec, params_sharding(params, mesh))
     assert specs["kernel"] == PartitionSpec(None, "fsdp")
     assert specs["odd"] == PartitionSpec("fsdp", None)
+    assert specs["in_tiles"] == PartitionSpec("fsdp", None)
     for name in ("none_divides", "small", "scalar"):
         assert all(axis is None for axis in specs[name]), name
     unsplit = jax.tree.map(lambda s: s.is_fully_replicated, params_sharding(params, make_mesh()))
     assert all(unsplit.values())
+
+
+def test_layers_stacked_for_a_scan_are_split_like_each_of_them():
+    layer = {"kernel": jnp.zeros((128, 512)), "bias": jnp.zeros(512)}
+    stacked = jax.tree.map(lambda x: jnp.zeros((1024, *x.shape)), layer)
+    encoder = {"encoderblock_0": layer, "encoderblock": stacked}
+    specs = jax.tree.map(lambda s: s.spec, params_sharding({"img": encoder}, make_mesh(fsdp=4)))
+    specs = specs["img"]
+    assert specs["encoderblock_0"]["kernel"] == PartitionSpec(None, "fsdp")
+    assert specs["encoderblock"]["kernel"] == PartitionSpec(None, None, "fsdp")
+    assert specs["encoderblock"]["bias"] == PartitionSpec(None, None)
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])

@@ -65,7 +65,7 @@ def test_an_example_that_could_not_be_read_gives_it_no_gradient(code):
 
     def loss(params, mask):
         batch = {"image": image, "text": text, "row": jnp.arange(2), "mask": mask}
-        part = Part(model, batch, jax.random.key(2), lambda z: z)
+        part = Part(model, batch, jax.random.key(2))
         return objective.rows(params, {}, {}, part, jax.random.key(3)).total
 
     value, grads = jax.value_and_grad(loss)(params, jnp.array([True, False]))

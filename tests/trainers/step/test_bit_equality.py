@@ -1,16 +1,21 @@
-"""The general step gives the bits of a step written by hand for two towers and one loss."""
+"""The general step gives the bits of a step written by hand for two towers and one loss.
+
+So it is on one device. On several, XLA places the arrays of the step by hand and sums gradients in
+an order of its own, that of each microbatch for itself: there the two agree to 1e-6.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 from siglip.losses import LOSSES
 from siglip.objectives.contrastive import make_contrastive
 from siglip.sharding import batch_sharding, params_sharding, replicated, to_device
 from siglip.towers.two_towers import make_model
-from trainers.step.microbatches import Objectives, _join, _split
+from trainers.step.microbatches import Objectives
 from trainers.step.train_state import TrainState
 
 N, VOCAB = 16, 600  # the table of tokens is large enough to be split over fsdp
@@ -74,12 +79,39 @@ def by_hand(model, loss, frozen, mesh, microbatch):
     return in_microbatches if microbatch else whole
 
 
+def _split(tree, size: int, mesh):
+    """[N, ...] -> [N / size, size, ...] where every row stays on its device."""
+    local, axes = size // mesh.size, mesh.axis_names
+    return jax.shard_map(
+        lambda tree: jax.tree.map(lambda x: x.reshape(-1, local, *x.shape[1:]), tree),
+        mesh=mesh,
+        in_specs=PartitionSpec(axes),
+        out_specs=PartitionSpec(None, axes),
+    )(tree)
+
+
+def _join(x, mesh):
+    """The inverse of `_split` for one array."""
+    axes = mesh.axis_names
+    return jax.shard_map(
+        lambda x: x.reshape(-1, *x.shape[2:]),
+        mesh=mesh,
+        in_specs=PartitionSpec(None, axes),
+        out_specs=PartitionSpec(axes),
+    )(x)
+
+
 def mesh_of(devices: int, fsdp: int = 1):
     axis_types = (jax.sharding.AxisType.Auto,) * 2
     shape = devices // fsdp, fsdp
     return jax.make_mesh(
         shape, ("data", "fsdp"), axis_types=axis_types, devices=jax.devices()[:devices]
     )
+
+
+def assert_close(x, y):
+    atol = 1e-6 * max(1.0, np.abs(y).max(initial=0))
+    np.testing.assert_allclose(x, y, rtol=0, atol=atol)
 
 
 def assert_same_bits(x, y):
@@ -91,6 +123,7 @@ def assert_same_bits(x, y):
     [
         ("sigmoid", 1, 1, 0, ()),
         ("sigmoid", 1, 1, 4, ("img",)),
+        ("softmax", 1, 1, 4, ()),
         ("sigmoid", 4, 1, 0, ("txt",)),
         ("sigmoid", 4, 2, 8, ()),
         ("sigmoid", 8, 1, 8, ("txt", "t")),
@@ -100,7 +133,7 @@ def assert_same_bits(x, y):
         ("softmax", 8, 4, 0, ("img",)),
     ],
 )
-def test_two_updates_have_the_bits_of_the_step_by_hand(name, devices, fsdp, microbatch, frozen):
+def test_two_updates_are_those_of_the_step_by_hand(name, devices, fsdp, microbatch, frozen):
     mesh = mesh_of(devices, fsdp)
     model = make_model(
         b_init=-10.0 if name == "sigmoid" else None,
@@ -151,6 +184,6 @@ def test_two_updates_have_the_bits_of_the_step_by_hand(name, devices, fsdp, micr
         return jax.device_get(seen)
 
     got, want = train(general), train(directly)
-    jax.tree.map(assert_same_bits, got, want)
+    jax.tree.map(assert_same_bits if devices == 1 else assert_close, got, want)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
     assert any(np.any(g != 0) for g in jax.tree.leaves(got[1][-1][-1]))
