@@ -190,14 +190,16 @@ def _sigmoid(shard: Shard, y, wanted: Wanted):
         nll, g = terms(shard.t, shard.b)
         if wanted.nothing:
             return ((nll_sum + nll.sum(), gs_sum, g_sum), dx), None
-        summed = g
+        g_s = g_1 = g
         if plan.on_gpu:
-            # XLA for GPUs would write exp(-|l|) to memory, for the loss, for g, and for g's sums.
-            # Where they do not seem to share it, it makes one pass that reads s and writes g.
-            again = lax.optimization_barrier((shard.t, shard.b))
-            nll, _ = terms(*again)
-            _, summed = terms(*lax.optimization_barrier(again))
-        sums = (nll_sum + nll.sum(), gs_sum + (summed * tile.s).sum(), g_sum + summed.sum())
+            # XLA for GPUs would write what the loss, g and its sums share to memory, in float32.
+            # Where they do not seem to share anything, it makes one pass that reads s and writes g.
+            scalars, copies = (shard.t, shard.b), []
+            for _ in range(3):
+                scalars = lax.optimization_barrier(scalars)
+                copies.append(terms(*scalars))
+            (nll, _), (_, g_s), (_, g_1) = copies
+        sums = (nll_sum + nll.sum(), gs_sum + (g_s * tile.s).sum(), g_sum + g_1.sum())
         g = g.astype(plan.dtype)
         dx = dx + plan.transposed_matmul(g, tile.y) if wanted.stay else dx
         return (sums, dx), (matmul(g, shard.x) if wanted.travel else None)

@@ -43,23 +43,26 @@ def bytes_per_pair(text: str, pairs: int) -> list[int]:
     return counts
 
 
-def compiled(name: str, dtype: str, **options) -> str:
+def compiled(name: str, dtype: str, n: int = N, masked: bool = False, **options) -> str:
     mesh = make_mesh(devices_of(name))
     rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    z = jax.ShapeDtypeStruct((N * mesh.size, D), dtype, sharding=rows)
+    z = jax.ShapeDtypeStruct((n * mesh.size, D), dtype, sharding=rows)
+    mask = jax.ShapeDtypeStruct((n * mesh.size,), bool, sharding=rows) if masked else None
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def loss(*args):
         return ring.sigmoid_loss(*args, mesh=mesh, exchange="ring", **options)
 
     f = jax.value_and_grad(loss, argnums=ARGNUMS)
-    return compile_for(f, z, z, scalar, scalar, xla_gpu_enable_triton_gemm=False).as_text()
+    return compile_for(f, z, z, scalar, scalar, mask, xla_gpu_enable_triton_gemm=False).as_text()
 
 
 @pytest.mark.parametrize("dtype, g", [("bfloat16", 2), ("float32", 4)])
-@pytest.mark.parametrize("options", [{}, {"tile": 1024}], ids=["whole", "tiles"])
-def test_one_pass_reads_the_cosines_and_writes_the_derivative(dtype, g, options):
-    counts = bytes_per_pair(compiled("h200:1x1x1", dtype, **options), N * options.get("tile", N))
+@pytest.mark.parametrize("n, tile", [(N, N), (N, 1024), (2**20, 256)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_pass_reads_the_cosines_and_writes_the_derivative(dtype, g, n, tile, masked):
+    text = compiled("h200:1x1x1", dtype, n=n, tile=tile, masked=masked)
+    counts = bytes_per_pair(text, n * tile)
     # One matmul writes the float32 cosines, one kernel reads them and writes g, two matmuls read g.
     assert sorted(counts) == sorted([4, 4 + g, g, g])
     assert sum(counts) <= 20
