@@ -84,7 +84,7 @@ def make_setup(config: Any, devices: Sequence[Any] | None = None) -> Setup:
     blocks["txt"]["vocab_size"] = vocab_size
     blocks["b_init"] = initial_bias(config)
     with mistakes_of("model"):
-        model = make_model(**blocks)
+        model = make_model(list(mesh.devices.flat), **blocks)
     _check_images(preprocess, model.img)
     objectives, loss_fn = make_objectives(config, model, mesh)
     return Setup(config, mesh, preprocess, model, objectives, loss_fn)

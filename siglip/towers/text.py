@@ -34,6 +34,7 @@ class TextTransformer(nn.Module):
     dtype: jnp.dtype
     scan: bool
     remat: str
+    attention: str
 
     @nn.compact
     def __call__(
@@ -79,7 +80,7 @@ class TextTransformer(nn.Module):
 
         x, captured = Encoder(
             self.depth, self.mlp_dim, self.num_heads, self.dtype, self.scan, self.remat,
-            name="Encoder_0",
+            self.attention, name="Encoder_0",
         )(x, capture=capture)  # fmt: skip
         out: Outputs = {"tokens": x, "mask": None, **captured}
         match self.pool:
@@ -92,7 +93,8 @@ class TextTransformer(nn.Module):
             case "max":
                 x = x.max(axis=1)
             case "map":
-                x, captured = MAPHead(self.mlp_dim, self.num_heads, self.dtype)(x, capture=capture)
+                head = MAPHead(self.mlp_dim, self.num_heads, self.dtype, self.attention)
+                x, captured = head(x, capture=capture)
                 out.update(captured)
         out["pooled"] = x
         if self.out_dim is not None:
@@ -104,6 +106,7 @@ def make_text(
     dtype: str = "float32",
     scan: bool = False,
     remat: str = "none",
+    attention: str = "xla",
     *,
     variant: str = "B",
     width: int | None = None,
@@ -118,7 +121,7 @@ def make_text(
     """A text tower by name.
 
     Args:
-      dtype, scan, remat: as in vit.make_vit.
+      dtype, scan, remat, attention: as in vit.make_vit.
       variant: a name of transformer.VARIANTS: 'B', 'So400m', ...
       width, depth, mlp_dim, num_heads: replaces that of the variant; None keeps it.
       vocab_size: rows of the token table; the trainer fills in its tokenizer's.
@@ -149,4 +152,5 @@ def make_text(
         dtype=jnp.dtype(dtype),
         scan=scan,
         remat=remat,
+        attention=attention,
     )

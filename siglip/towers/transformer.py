@@ -7,7 +7,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
+
+from siglip.towers.attention import Mask, attention, dot_product_attention, key_mask
 
 from siglip.towers.shards import gathering
 
@@ -108,54 +110,6 @@ class MlpBlock(nn.Module):
         return dense(width)(x)
 
 
-def _dot_product_attention(query, key, value, mask=None, **unused):
-    # There is no dropout, and only NaFlex patches have a mask: padding of texts is attended to.
-    del unused
-    fits = mask is None and _has_cudnn() and _fits_cudnn(query, key)
-    implementation = "cudnn" if fits else None
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
-
-
-Mask = Bool[Array, "n l"] | None  # True: a token to attend to; None: every token
-
-
-def _key_mask(mask: Mask) -> Bool[Array, "n 1 1 l"] | None:
-    """The mask of the keys, alike for every head and query.
-
-    Where nothing is True (a bad example) all weights are equal and the values finite: XLA's
-    attention puts a large negative number in the place of masked logits, not -inf.
-    """
-    return None if mask is None else mask[:, None, None, :]
-
-
-def _has_cudnn() -> bool:
-    """Whether this is an NVIDIA GPU of the Ampere generation or newer."""
-    device = jax.local_devices()[0]
-    kind, capability = device.device_kind, getattr(device, "compute_capability", None)
-    return kind.startswith("NVIDIA") and capability is not None and float(capability) >= 8.0
-
-
-def _fits_cudnn(query: Float[Array, "n l h d"], key: Float[Array, "n m h d"]) -> bool:
-    """Whether cuDNN's fused attention takes these shapes, forward and backward.
-
-    It takes neither float32 nor the single query of a pooling head; XLA computes those.
-    """
-    lengths, head_dim = (query.shape[1], key.shape[1]), query.shape[3]
-    sizes = all(n % 2 == 0 for n in lengths) and head_dim % 8 == 0 and head_dim <= 128
-    return sizes and query.dtype == jnp.bfloat16
-
-
-def attention(num_heads: int, dtype, attention_fn=_dot_product_attention) -> nn.Module:
-    """Multi-head attention with the parameters query, key, value [W, H, W/H] and out."""
-    return nn.MultiHeadDotProductAttention(
-        num_heads=num_heads,
-        dtype=dtype,
-        kernel_init=nn.initializers.xavier_uniform(),
-        attention_fn=attention_fn,
-        name="MultiHeadDotProductAttention_0",
-    )
-
-
 class EncoderBlock(nn.Module):
     """A pre-LayerNorm block: x -> (x, output), which `nn.scan` carries on and stacks.
 
@@ -165,6 +119,7 @@ class EncoderBlock(nn.Module):
     mlp_dim: int
     num_heads: int
     dtype: jnp.dtype
+    attention: str = "xla"
     keep_output: bool = False
 
     @nn.compact
@@ -173,7 +128,8 @@ class EncoderBlock(nn.Module):
     ) -> tuple[Float[Array, "n l d"], Float[Array, "n l d"] | None]:
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
         y = norm()(x)
-        x = x + attention(self.num_heads, self.dtype)(y, y, mask=_key_mask(mask))
+        attend = attention(self.num_heads, self.dtype, self.attention)
+        x = x + attend(y, y, mask=key_mask(mask))
         x = x + MlpBlock(self.mlp_dim, self.dtype)(norm()(x))
         return x, x if self.keep_output else None
 
@@ -193,6 +149,7 @@ class Encoder(nn.Module):
     dtype: jnp.dtype
     scan: bool
     remat: str
+    attention: str = "xla"
 
     @nn.compact
     def __call__(
@@ -221,6 +178,7 @@ class Encoder(nn.Module):
             mlp_dim=self.mlp_dim,
             num_heads=self.num_heads,
             dtype=self.dtype,
+            attention=self.attention,
             keep_output=bool(kept),
         )
         if self.scan:
@@ -247,6 +205,7 @@ class MAPHead(nn.Module):
     mlp_dim: int
     num_heads: int
     dtype: jnp.dtype
+    attention: str = "xla"
 
     @nn.compact
     def __call__(
@@ -258,17 +217,19 @@ class MAPHead(nn.Module):
         """
         captured = {}
 
-        def attention_fn(query, key, value, mask=None, **unused):
+        def attend(query, key, value, mask=None, **unused):
+            del unused  # there is no dropout
             if ATTENTION in capture:
                 query32, key32 = query.astype(jnp.float32), key.astype(jnp.float32)
                 weights = nn.dot_product_attention_weights(query32, key32, mask=mask)
                 captured[ATTENTION] = weights[:, :, 0]  # [n, heads, 1, l]: one query
-            return _dot_product_attention(query, key, value, mask, **unused)
+            return dot_product_attention(self.attention, query, key, value, mask)
 
         n, _, width = x.shape
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))
         probe = jnp.tile(probe, (n, 1, 1))
-        x = attention(self.num_heads, self.dtype, attention_fn)(probe, x, mask=_key_mask(mask))
+        pool = attention(self.num_heads, self.dtype, self.attention, attend)
+        x = pool(probe, x, mask=key_mask(mask))
         x = x.astype(jnp.float32)
         y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)(x)
         return (x + MlpBlock(self.mlp_dim, self.dtype)(y))[:, 0], captured

@@ -1,5 +1,6 @@
 """Both towers, the learned temperature t and the bias b."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from siglip.towers import transformer
+from siglip.towers.attention import resolve
 from siglip.towers.text import make_text
 from siglip.towers.transformer import Outputs
 from siglip.towers.vit import Patches, make_vit
@@ -107,6 +109,7 @@ def _unit(z: Float[Array, "n d"]) -> Float[Array, "n d"]:
 
 
 def make_model(
+    devices: Sequence[Any] | None = None,
     *,
     img: dict,
     txt: dict,
@@ -115,10 +118,13 @@ def make_model(
     dtype: str = "float32",
     scan: bool = False,
     remat: str = "none",
+    attention: str = "auto",
 ) -> TwoTowers:
     """A model from the blocks of a config.
 
     Args:
+      devices: those that it will run on, which decide how attention is computed; default: the
+        local ones.
       img, txt: keyword arguments of vit.make_vit and text.make_text. The width of the text head,
         txt['out_dim'], is by default that of the image embedding; 0: no head, for a text tower
         that is as wide as the image embedding.
@@ -131,6 +137,8 @@ def make_model(
         has a leading layer axis then (transformer.Encoder).
       remat: what the backward pass recomputes to save memory: 'none', 'full' keeps only the input
         of each block, 'dots' also the outputs of matmuls.
+      attention: 'auto' is cuDNN's kernel on NVIDIA GPUs from Ampere on, for what it takes, and
+        XLA elsewhere; 'xla' is XLA everywhere.
 
     Raises:
       ValueError: the towers' embeddings differ in width, or a value is invalid.
@@ -143,10 +151,12 @@ def make_model(
         raise ValueError("b_init 'auto' depends on the batch: pairs.log_odds(batch_size)")
     if t_init <= 0:
         raise ValueError(f"t_init is the temperature, which must be positive, not {t_init}")
-    vit = make_vit(dtype, scan, remat, **img)
+    implementation = resolve(attention, devices)
+    vit = make_vit(dtype, scan, remat, implementation, **img)
     zimg_dim = vit.out_dim or vit.width
     head = txt.get("out_dim")
-    text = make_text(dtype, scan, remat, **{**txt, "out_dim": zimg_dim if head is None else head})
+    out_dim = zimg_dim if head is None else head
+    text = make_text(dtype, scan, remat, implementation, **{**txt, "out_dim": out_dim})
     ztxt_dim = text.out_dim or text.width
     if ztxt_dim != zimg_dim:
         raise ValueError(f"embedding widths differ: image {zimg_dim}, text {ztxt_dim}")

@@ -65,6 +65,7 @@ class ViT(nn.Module):
     dtype: jnp.dtype
     scan: bool
     remat: str
+    attention: str
 
     @nn.compact
     def __call__(
@@ -115,11 +116,13 @@ class ViT(nn.Module):
             self.dtype,
             self.scan,
             self.remat,
+            self.attention,
             name="Transformer",
         )(x, mask, capture)
         out: Outputs = {"tokens": x, "mask": mask, **captured}
         if self.pool == "map":
-            x, captured = MAPHead(self.mlp_dim, self.num_heads, self.dtype)(x, mask, capture)
+            head = MAPHead(self.mlp_dim, self.num_heads, self.dtype, self.attention)
+            x, captured = head(x, mask, capture)
             out.update(captured)
         elif mask is not None:  # a bad example has no patch at all
             count = jnp.maximum(1, mask.sum(axis=1, keepdims=True))
@@ -180,6 +183,7 @@ def make_vit(
     dtype: str = "float32",
     scan: bool = False,
     remat: str = "none",
+    attention: str = "xla",
     *,
     variant: str = "B/16",
     width: int | None = None,
@@ -196,6 +200,7 @@ def make_vit(
     Args:
       dtype: of matmuls, 'float32' or 'bfloat16'; parameters and residuals are float32.
       scan, remat: see transformer.Encoder.
+      attention: one of attention.IMPLEMENTATIONS.
       variant: 'S/16', 'B/16', 'So400m/14', ...: a name of transformer.VARIANTS and a patch size.
         Or 'precomputed', whose images are embeddings of `width` numbers; nothing else is set there.
       width, depth, mlp_dim, num_heads: replaces that of the variant; None keeps it.
@@ -244,4 +249,5 @@ def make_vit(
         dtype=jnp.dtype(dtype),
         scan=scan,
         remat=remat,
+        attention=attention,
     )

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from siglip.towers import transformer
 from siglip.towers.two_towers import make_model
 from siglip.towers.vit import Patches, images_of
 
@@ -171,20 +170,6 @@ def test_remat_and_bfloat16_take_masks():
         grads, got = jax.jit(jax.grad(loss, has_aux=True))(params)
         assert np.all(np.sum(np.asarray(got * want), axis=1) > cosine)
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
-
-
-def test_masked_attention_is_never_left_to_cudnn(monkeypatch):
-    monkeypatch.setattr(transformer, "_has_cudnn", lambda: True)
-    chosen = []
-    monkeypatch.setattr(
-        jax.nn,
-        "dot_product_attention",
-        lambda q, *rest, mask, implementation: chosen.append(implementation) or q,
-    )
-    q = jnp.zeros((2, 8, 2, 64), jnp.bfloat16)
-    transformer._dot_product_attention(q, q, q, mask=jnp.ones((2, 1, 1, 8), bool))
-    transformer._dot_product_attention(q, q, q)
-    assert chosen == [None, "cudnn"]
 
 
 def test_a_batch_becomes_what_its_tower_takes():

@@ -357,36 +357,3 @@ def test_an_image_smaller_than_a_patch_is_refused():
     model = tiny_model()
     with pytest.raises(ValueError, match=r"\(7, 32, 3\) hold no patch of 8 x 8 pixels"):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 7, 32, 3)))
-
-
-@pytest.mark.parametrize(
-    "length, queries, head_dim, dtype, fits",
-    [
-        (196, 196, 64, "bfloat16", True),  # B/16 at 224 px
-        (64, 64, 64, "bfloat16", True),
-        (256, 256, 72, "bfloat16", True),  # So400m
-        (196, 1, 64, "bfloat16", False),  # attention pooling
-        (49, 49, 64, "bfloat16", False),  # an odd length
-        (196, 196, 64, "float32", False),
-        (196, 196, 132, "bfloat16", False),
-    ],
-)
-def test_attention_is_left_to_cudnn_only_where_cudnn_takes_it(
-    length, queries, head_dim, dtype, fits, monkeypatch, unchecked_shapes
-):
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    q = jax.ShapeDtypeStruct((4, queries, 2, head_dim), dtype)
-    kv = jax.ShapeDtypeStruct((4, length, 2, head_dim), dtype)
-    assert transformer._fits_cudnn(q, kv) == fits
-    if fits:  # lowered for a GPU that this machine pretends to know
-        monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
-        monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: False)
-        assert not transformer._has_cudnn()
-        monkeypatch.setattr(transformer, "_has_cudnn", lambda: True)
-
-        def f(q, k, v):
-            return transformer._dot_product_attention(q, k, v).astype(jnp.float32).sum()
-
-        grad = jax.jit(jax.grad(f, argnums=(0, 1, 2))).trace(q, kv, kv)
-        assert grad.lower(lowering_platforms=("cuda",)).as_text().count("__cudnn$") == 2
