@@ -12,8 +12,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float
+
+from siglip.towers.remat import ATTENDED, KEY, QUERY, VALUE, WEIGHTS
 
 OPTIONS = ("auto", "xla")  # of make_model
 # 'xla': the definition. 'tpu': the same in operations arranged for TPUs. 'cudnn': a fused kernel.
@@ -93,11 +96,18 @@ def dot_product_attention(
     mask: KeyMask = None,
 ) -> Float[Array, "n l h d"]:
     """softmax(query key^T / sqrt(d)) value over the keys of the mask."""
-    if implementation == "cudnn" and mask is None and fits_cudnn(query, key):
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     if implementation == "tpu" and fits_tpu(query, key):
         return _tpu_attention(query, key, value, mask)
-    return jax.nn.dot_product_attention(query, key, value, mask=mask)
+    fused = implementation == "cudnn" and mask is None and fits_cudnn(query, key)
+    query, key, value = _named(query, key, value)
+    out = jax.nn.dot_product_attention(
+        query, key, value, mask=mask, implementation="cudnn" if fused else None
+    )
+    return checkpoint_name(out, ATTENDED)
+
+
+def _named(query, key, value):
+    return map(checkpoint_name, (query, key, value), (QUERY, KEY, VALUE))
 
 
 def fits_cudnn(query: Float[Array, "n l h d"], key: Float[Array, "n m h d"]) -> bool:
@@ -134,7 +144,7 @@ def _tpu_attention(query, key, value, mask):
 
 
 def _tpu_forward(query, key, value, mask):
-    query, key, value = _rows(query), _rows(key), _rows(value)
+    query, key, value = _named(_rows(query), _rows(key), _rows(value))
     scale = 1 / math.sqrt(query.shape[-1])
     peak = jnp.max(_logits(query, key, mask), axis=-1, keepdims=True)
     # The barrier keeps XLA from computing the logits once, which it would have to write.
@@ -142,8 +152,9 @@ def _tpu_forward(query, key, value, mask):
     weights = _squares(jnp.exp((_logits(query, key, mask) - peak) * scale).astype(query.dtype))
     # Weights add up to 1 as they are multiplied, in bfloat16.
     share = 1 / jnp.sum(weights, axis=-1, keepdims=True, dtype=jnp.float32)
+    weights, share = checkpoint_name(weights, WEIGHTS), checkpoint_name(share, WEIGHTS)
     out = _matmul("nhqk,nkhd->nqhd", weights, value) * _swapped(share)
-    out = out.astype(query.dtype)
+    out = checkpoint_name(out.astype(query.dtype), ATTENDED)
     return out, (query, key, value, mask, out, weights, share)
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from siglip.towers.attention import Mask, attention, dot_product_attention, key_mask
-
+from siglip.towers.remat import HIDDEN, PROJECTED, remat_block
 from siglip.towers.shards import gathering
 
 # name: (width, depth, mlp_dim, num_heads). Table 2 of "Scaling Vision Transformers" (2106.04560);
@@ -32,7 +33,6 @@ VARIANTS = {
 }
 
 SIZES = ("width", "depth", "mlp_dim", "num_heads")
-REMAT = ("none", "full", "dots")
 ATTENTION = "attention"  # to capture: the weights of a MAP head; 'block:i': the output of a block
 
 Outputs = dict[str, Array | None]  # what a tower gives beside z, see ViT and TextTransformer
@@ -106,8 +106,8 @@ class MlpBlock(nn.Module):
             bias_init=nn.initializers.normal(1e-6),
         )
         width = x.shape[-1]
-        x = nn.gelu(dense(self.mlp_dim)(x), approximate=True)  # tanh, as in the released models
-        return dense(width)(x)
+        x = checkpoint_name(dense(self.mlp_dim)(x), HIDDEN)
+        return dense(width)(nn.gelu(x, approximate=True))  # tanh, as in the released models
 
 
 class EncoderBlock(nn.Module):
@@ -129,7 +129,7 @@ class EncoderBlock(nn.Module):
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
         y = norm()(x)
         attend = attention(self.num_heads, self.dtype, self.attention)
-        x = x + attend(y, y, mask=key_mask(mask))
+        x = x + checkpoint_name(attend(y, y, mask=key_mask(mask)), PROJECTED)
         x = x + MlpBlock(self.mlp_dim, self.dtype)(norm()(x))
         return x, x if self.keep_output else None
 
@@ -139,8 +139,8 @@ class Encoder(nn.Module):
 
     With `scan`, one traced block runs over parameters with a leading layer axis (`encoderblock`):
     it compiles in the time of one layer. Without, blocks are `encoderblock_0`, `encoderblock_1`...
-    `stack_blocks` and `unstack_blocks` turn one tree into the other. `remat` recomputes in the
-    backward pass: 'full' keeps only each block's input, 'dots' also the outputs of matmuls.
+    `stack_blocks` and `unstack_blocks` turn one tree into the other. `remat` is what the
+    backward pass computes again, see siglip.towers.remat.
     """
 
     depth: int
@@ -165,13 +165,7 @@ class Encoder(nn.Module):
         # again, else they are gathered outside of what is recomputed, and kept.
         regather = self.remat == "full"
         block = gathering(EncoderBlock, self.variables) if regather else EncoderBlock
-        if self.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            block = nn.remat(
-                block,
-                prevent_cse=not self.scan,  # a scan's body cannot be merged with its copy
-                policy=policy if self.remat == "dots" else None,
-            )
+        block = remat_block(block, self.remat, scan=self.scan)
         if not regather:
             block = gathering(block, self.variables)
         sizes: dict[str, Any] = dict(

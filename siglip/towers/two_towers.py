@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from siglip.towers import transformer
 from siglip.towers.attention import resolve
+from siglip.towers.remat import REMAT
 from siglip.towers.text import make_text
 from siglip.towers.transformer import Outputs
 from siglip.towers.vit import Patches, make_vit
@@ -135,8 +135,9 @@ def make_model(
         float32.
       scan: one traced block for all layers, which compiles in the time of one; the parameter tree
         has a leading layer axis then (transformer.Encoder).
-      remat: what the backward pass recomputes to save memory: 'none', 'full' keeps only the input
-        of each block, 'dots' also the outputs of matmuls.
+      remat: what the backward pass computes again to save memory: 'none', 'elementwise' (all but
+        matmuls), 'mlp' (also the MLP's hidden layer), 'dense' (all but attention), 'full'; see
+        siglip.towers.remat.
       attention: 'auto' is cuDNN's kernel on NVIDIA GPUs from Ampere on, for what it takes, and
         XLA elsewhere; 'xla' is XLA everywhere.
 
@@ -145,8 +146,8 @@ def make_model(
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {dtype!r} is none of float32, bfloat16")
-    if remat not in transformer.REMAT:
-        raise ValueError(f"remat {remat!r} is none of {', '.join(transformer.REMAT)}")
+    if remat not in REMAT:
+        raise ValueError(f"remat {remat!r} is none of {', '.join(REMAT)}")
     if b_init == "auto":
         raise ValueError("b_init 'auto' depends on the batch: pairs.log_odds(batch_size)")
     if t_init <= 0:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import jax
 
 from siglip.chips import find_chip
-from siglip.towers.transformer import REMAT
+from siglip.towers.remat import REMAT
 from trainers.assemble import Step, abstract_batch, make_step
 from trainers.config import durations
 from trainers.fit import config as configs
@@ -134,7 +134,7 @@ def candidates(config: Any, devices: list[Any]) -> Iterator[dict[str, str]]:
     """Settings to try, from those that cost no time to those that cost most.
 
     1. As it is. 2. `fsdp`, if state fills more than a quarter of the memory: until it fills less.
-    3. `remat`, which computes up to a fifth of a step again. 4. `microbatch`, which adds a forward
+    3. `remat`, which computes up to a quarter of a step again. 4. `microbatch`, which adds a forward
     pass; halved until a device has one pair.
     """
     yield {}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from siglip.towers import transformer
+from siglip.towers.remat import REMAT
 from siglip.towers.two_towers import make_model
 from siglip.towers.vit import Patches
 
@@ -58,7 +59,7 @@ def close(got, want):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("remat", transformer.REMAT)
+@pytest.mark.parametrize("remat", REMAT)
 def test_blocks_are_the_residuals_that_each_layer_leaves_with_scan_and_remat_too(scan, remat):
     params = init(make())
     encoder = params["img"]["Transformer"]
@@ -172,7 +173,7 @@ def test_image_tokens_are_computed_and_differentiated_without_the_text_tower():
     assert "tensor<1x16x32xf32>" in text and "tensor<50x32xf32>" not in text
 
 
-@pytest.mark.parametrize("options", [{}, {"scan": True}, {"scan": True, "remat": "dots"}])
+@pytest.mark.parametrize("options", [{}, {"scan": True}, {"scan": True, "remat": "mlp"}])
 def test_what_is_not_used_leaves_no_trace_in_the_program_of_a_training_step(options):
     model = make(**options)
     params = jax.eval_shape(model.init, jax.random.key(0), images(), texts())["params"]

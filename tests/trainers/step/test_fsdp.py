@@ -92,7 +92,7 @@ CASES = {
     "unrolled, again for the backward pass": dict(fsdp=8, remat="full", img={"drop_patches": 0.5}),
     "scan": dict(fsdp=2, scan=True, loss="softmax"),
     "scan, full": dict(fsdp=4, scan=True, remat="full", frozen=("txt", "t")),
-    "scan, dots, microbatches": dict(fsdp=4, scan=True, remat="dots", microbatch=8),
+    "scan, mlp, microbatches": dict(fsdp=4, scan=True, remat="mlp", microbatch=8),
     "frozen, microbatches": dict(fsdp=4, frozen=("img",), microbatch=8, loss="softmax"),
     "naflex": dict(fsdp=4, scan=True, img={"naflex_grid": 4}, txt={"pool": "map"}),
     "whole parameters, microbatches": dict(fsdp=1, microbatch=8, txt={"bottleneck": 32}),
@@ -185,7 +185,7 @@ def sizes(params, mesh):
 
 @pytest.mark.parametrize("fsdp", [1, 4])
 @pytest.mark.parametrize("microbatch", [0, 8])
-@pytest.mark.parametrize("scan, remat", [(True, "full"), (True, "dots"), (False, "none")])
+@pytest.mark.parametrize("scan, remat", [(True, "full"), (True, "mlp"), (False, "none")])
 def test_bytes_between_devices(fsdp, microbatch, scan, remat):
     model, batch, mesh = make(scan=scan, remat=remat), make_batch(), make_mesh(fsdp=fsdp)
     params = init(model, batch)
