@@ -1,9 +1,16 @@
 """What is known of each kind of accelerator: speed, memory, links. The one table of its kind."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 GiB = 2**30
+
+
+def fusions_may_have(mebibytes: int) -> dict[str, str]:
+    """Options for more of a TPU's vector memory (128 MiB in v5e and v6e) to one operation than the
+    16 MiB of default, for larger tiles of matmuls."""
+    return {"xla_tpu_scoped_vmem_limit_kib": str(mebibytes * 1024)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +28,7 @@ class Chip:
       latency: seconds before the first byte of a message arrives.
       torus: whether each device has links of its own to its neighbours, which run at once.
       clock: cycles/s, for XLA's estimates of cycles; None where XLA gives none.
+      compiler_options: XLA's, with which a training step is compiled.
     """
 
     flops: float
@@ -30,15 +38,20 @@ class Chip:
     latency: float
     torus: bool
     clock: float | None = None
+    compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 # The beginning of JAX's device_kind -> the chip; the first that fits counts.
 CHIPS = {
     "TPU v4": Chip(275e12, int(30.75 * GiB), 1228e9, 45e9, 2e-6, True, 1.05e9),
-    "TPU v5 lite": Chip(197e12, int(15.75 * GiB), 819e9, 45e9, 2e-6, True, 1.5e9),
-    "TPU v5e": Chip(197e12, int(15.75 * GiB), 819e9, 45e9, 2e-6, True, 1.5e9),
+    "TPU v5 lite": Chip(
+        197e12, int(15.75 * GiB), 819e9, 45e9, 2e-6, True, 1.5e9, fusions_may_have(32)
+    ),
+    "TPU v5e": Chip(197e12, int(15.75 * GiB), 819e9, 45e9, 2e-6, True, 1.5e9, fusions_may_have(32)),
     "TPU v5": Chip(459e12, int(95.74 * GiB), 2765e9, 90e9, 2e-6, True, 1.75e9),
-    "TPU v6": Chip(918e12, int(31.25 * GiB), 1640e9, 90e9, 2e-6, True, 1.75e9),
+    "TPU v6": Chip(
+        918e12, int(31.25 * GiB), 1640e9, 90e9, 2e-6, True, 1.75e9, fusions_may_have(32)
+    ),
     "TPU7x": Chip(1153e12, int(94.75 * GiB), 3690e9, 100e9, 2e-6, True, 2.2e9),
     "NVIDIA A100": Chip(312e12, 80 * GiB, 2039e9, 300e9, 2e-5, False),
     "NVIDIA H100 PCIe": Chip(756e12, 80 * GiB, 2000e9, 300e9, 2e-5, False),

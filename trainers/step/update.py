@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from input_pipeline.errors import KINDS
+from siglip.chips import find_chip
 from siglip.losses.facts import facts
 from siglip.objectives.objective import Objective, when
 from siglip.sharding import replicated
@@ -52,12 +53,15 @@ def make_update(
         batch. Losses of the whole batch are over the whole batch in any case.
       average: which moving averages of parameters the state keeps.
     """
-    everywhere = replicated(mesh)
+    everywhere, chip = replicated(mesh), find_chip(mesh.devices.flat[0])
     loss_and_grads = Objectives(model, objectives, frozen, mesh, microbatch)
     needs = {name for objective in objectives.values() for name in objective.needs}
 
     @functools.partial(
-        jax.jit, donate_argnums=(0, 1), out_shardings=(state_sharding, everywhere, everywhere)
+        jax.jit,
+        donate_argnums=(0, 1),
+        out_shardings=(state_sharding, everywhere, everywhere),
+        compiler_options=dict(chip.compiler_options) if chip else None,
     )
     def update(state: TrainState, tally: Tally, batch: Batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)

@@ -1,5 +1,6 @@
 """One update: the same whatever the devices, and safe against what is not finite."""
 
+import dataclasses
 import re
 import types
 
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from siglip import chips
 from siglip.leaf_names import path_name
 from siglip.losses import definitions, ring
 from siglip.losses.definitions import Loss
@@ -91,6 +93,14 @@ def test_a_train_step_with_the_ring_is_that_of_the_definition(fsdp, batch):
     assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
     assert got.step == 2
+
+
+def test_the_step_is_compiled_with_the_options_of_its_chip(batch, monkeypatch):
+    options = {"no_such_option": "1"}
+    chip = dataclasses.replace(chips.UNKNOWN, compiler_options=options)
+    monkeypatch.setitem(chips.CHIPS, "cpu", chip)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        run(make(make_mesh()), batch)
 
 
 def test_the_state_is_born_and_stays_sharded(batch):
