@@ -134,8 +134,8 @@ def candidates(config: Any, devices: list[Any]) -> Iterator[dict[str, str]]:
     """Settings to try, from those that cost no time to those that cost most.
 
     1. As it is. 2. `fsdp`, if state fills more than a quarter of the memory: until it fills less.
-    3. `remat`, which computes up to a quarter of a step again. 4. `microbatch`, which adds a forward
-    pass; halved until a device has one pair.
+    3. `remat`, which computes up to a quarter of a step again. 4. `microbatch`, which adds a
+    forward pass; halved until a device has one pair.
     """
     yield {}
     setup = make_setup(config, devices)
