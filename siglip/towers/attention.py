@@ -18,9 +18,10 @@ from jaxtyping import Array, Bool, Float
 
 from siglip.towers.remat import ATTENDED, KEY, QUERY, VALUE, WEIGHTS
 
-OPTIONS = ("auto", "xla")  # of make_model
-# 'xla': the definition. 'tpu': the same in operations arranged for TPUs. 'cudnn': a fused kernel.
-IMPLEMENTATIONS = ("xla", "tpu", "cudnn")
+OPTIONS = ("auto", "xla", "fused")  # of make_model
+# 'xla': the definition. 'tpu': the same in operations arranged for TPUs. 'cudnn', 'fused': kernels,
+# of NVIDIA and of fused_attention.py.
+IMPLEMENTATIONS = ("xla", "tpu", "cudnn", "fused")
 
 Mask = Bool[Array, "n l"] | None  # True: a token to attend to; None: every token
 KeyMask = Bool[Array, "n 1 1 m"] | None
@@ -33,14 +34,21 @@ def resolve(option: str, devices: Sequence[Any] | None = None) -> str:
       devices: those that the program will run on; default: the local ones.
 
     Raises:
-      ValueError: an unknown option.
+      ValueError: an unknown option, or 'fused' for devices that have no such kernel.
     """
     if option not in OPTIONS:
         raise ValueError(f"attention {option!r} is none of {', '.join(OPTIONS)}")
     device = (jax.local_devices() if devices is None else devices)[0]
     if device.platform == "tpu":
-        return "tpu"
-    return "cudnn" if option == "auto" and has_cudnn(device) else "xla"
+        return "fused" if option == "fused" else "tpu"
+    if option != "xla" and has_cudnn(device):
+        return "cudnn"
+    if option == "fused":
+        raise ValueError(
+            "attention 'fused' has kernels for TPUs, and with cuDNN for NVIDIA GPUs from Ampere "
+            f"on, not for {device.device_kind}; 'auto' takes what there is"
+        )
+    return "xla"
 
 
 def has_cudnn(device: Any) -> bool:
@@ -96,13 +104,19 @@ def dot_product_attention(
     mask: KeyMask = None,
 ) -> Float[Array, "n l h d"]:
     """softmax(query key^T / sqrt(d)) value over the keys of the mask."""
-    if implementation == "tpu" and fits_tpu(query, key):
+    kernel = implementation == "fused" and in_shard_map() and fits_fused(query, key)
+    if implementation in ("tpu", "fused") and not kernel and fits_tpu(query, key):
         return _tpu_attention(query, key, value, mask)
-    fused = implementation == "cudnn" and mask is None and fits_cudnn(query, key)
     query, key, value = _named(query, key, value)
-    out = jax.nn.dot_product_attention(
-        query, key, value, mask=mask, implementation="cudnn" if fused else None
-    )
+    if kernel:
+        from siglip.towers.fused_attention import fused_attention
+
+        out = fused_attention(query, key, value, mask)
+    else:
+        cudnn = implementation == "cudnn" and mask is None and fits_cudnn(query, key)
+        out = jax.nn.dot_product_attention(
+            query, key, value, mask=mask, implementation="cudnn" if cudnn else None
+        )
     return checkpoint_name(out, ATTENDED)
 
 
@@ -118,6 +132,22 @@ def fits_cudnn(query: Float[Array, "n l h d"], key: Float[Array, "n m h d"]) -> 
     lengths, head_dim = (query.shape[1], key.shape[1]), query.shape[3]
     sizes = all(n % 2 == 0 for n in lengths) and head_dim % 8 == 0 and head_dim <= 128
     return sizes and query.dtype == jnp.bfloat16
+
+
+def in_shard_map() -> bool:
+    """Whether arrays are one device's own: the kernel for TPUs works on nothing else.
+
+    The training step's are. Elsewhere, as in evaluators, XLA computes attention.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+
+
+def fits_fused(query: Float[Array, "n l h d"], key: Float[Array, "n m h d"]) -> bool:
+    """Whether the kernel for TPUs takes these shapes: short self-attention."""
+    from siglip.towers.fused_attention import MAX_LENGTH
+
+    return query.shape == key.shape and query.shape[1] <= MAX_LENGTH
 
 
 def fits_tpu(query: Float[Array, "n l h d"], key: Float[Array, "n m h d"]) -> bool:

@@ -139,7 +139,8 @@ def make_model(
         matmuls), 'mlp' (also the MLP's hidden layer), 'dense' (all but attention), 'full'; see
         siglip.towers.remat.
       attention: 'auto' is cuDNN's kernel on NVIDIA GPUs from Ampere on, for what it takes, and
-        XLA elsewhere; 'xla' is XLA everywhere.
+        XLA elsewhere; 'xla' is XLA everywhere; 'fused' is cuDNN's kernel or, in the training step
+        on TPUs, one of our own.
 
     Raises:
       ValueError: the towers' embeddings differ in width, or a value is invalid.

@@ -5,8 +5,10 @@ import math
 import pathlib
 import types
 
+import jax
 import numpy as np
 import pytest
+from topologies import devices_of
 
 from base.errors import UserError
 from input_pipeline.errors import BadExample
@@ -15,6 +17,7 @@ from siglip import objectives
 from siglip.objectives.objective import Objective, Rows
 from siglip.sharding import make_mesh
 from trainers import data, setup
+from trainers.assemble import abstract_batch, make_step
 from trainers.config import complete
 from trainers.objectives import describe_objectives
 from trainers.plan import check_batch, order_hash
@@ -45,6 +48,30 @@ def test_an_automatic_bias_is_the_prior_of_the_batch(settings, expected):
     assert setup.make_setup(config).model.b_init == pytest.approx(expected)
 
 
+def test_attention_is_that_of_the_devices_of_the_mesh():
+    tpus = devices_of("v4:2x2x1")
+    for devices, settings, expected in [
+        (None, {}, "xla"),
+        (tpus, {}, "tpu"),
+        (tpus, {"model__attention": "fused"}, "fused"),
+    ]:
+        model = setup.make_setup(load(**settings), devices).model
+        assert (model.img.attention, model.txt.attention) == (expected, expected)
+
+
+def test_only_the_training_step_has_the_fused_attention_of_tpus():
+    devices = devices_of("v4:2x2x1")
+    config = load(model__attention="fused", model__dtype="bfloat16", model__scan=True)
+    made = setup.make_setup(config, devices)
+    step = make_step(made, total_steps=9, examples_per_epoch=64)
+    program = step.trace(abstract_batch(made), made.mesh).lower().as_text()
+    # Two towers' scanned blocks, and at least the backward pass of each has its own.
+    assert program.count("@tpu_custom_call") >= 4
+    params = made.abstract_towers()
+    embed = jax.jit(made.model.apply).trace({"params": params}, *made.inputs)
+    assert "tpu_custom_call" not in embed.lower(lowering_platforms=("tpu",)).as_text()
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -54,6 +81,7 @@ def test_an_automatic_bias_is_the_prior_of_the_batch(settings, expected):
         ({"loss__unroll": 0}, "contrastive: unroll must be at least 1"),
         ({"loss__exchange": "circle"}, "contrastive: exchange 'circle' is none of auto, ring"),
         ({"model__t_init": 0, "model__b_init": "auto"}, "t_init is the temperature"),
+        ({"model__attention": "fused"}, "model: attention 'fused' has kernels for TPUs"),
         ({"loss__name": "softmax", "loss__duplicates": "positive"}, "the softmax loss takes"),
     ],
 )

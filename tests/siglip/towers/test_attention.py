@@ -117,6 +117,8 @@ def test_on_tpus_no_logits_are_written_in_float32():
         ("auto", TPU, "tpu"),
         ("xla", H100, "xla"),
         ("xla", TPU, "tpu"),
+        ("fused", H100, "cudnn"),
+        ("fused", TPU, "fused"),
     ],
 )
 def test_each_device_gets_its_implementation(option, device, implementation, with_cudnn):
@@ -134,8 +136,14 @@ def test_without_cudnn_a_gpu_is_left_to_xla(monkeypatch):
     assert attention.resolve("auto", [H100]) == "xla"
 
 
+@pytest.mark.parametrize("device", [CPU, T4])
+def test_fused_is_refused_where_there_is_no_kernel(device):
+    with pytest.raises(ValueError, match=f"not for {device.device_kind}; 'auto' takes what"):
+        attention.resolve("fused", [device])
+
+
 def test_an_unknown_option_is_refused():
-    with pytest.raises(ValueError, match="attention 'flash' is none of auto, xla"):
+    with pytest.raises(ValueError, match="attention 'flash' is none of auto, xla, fused"):
         make_model(
             img={"variant": "mu/8"}, txt={"variant": "mu", "vocab_size": 9}, attention="flash"
         )
