@@ -88,12 +88,12 @@ def test_only_long_self_attention_in_bfloat16_is_arranged_for_tpus(monkeypatch):
 def large_arrays(program: str) -> set[str]:
     """Types of all arrays [.., 196, 196] that operations of a program write, without fusions'."""
     program = re.sub(r"(?ms)^%fused_computation.*?^}", "", program)
-    return set(re.findall(r"(\w+)\[8,12,196,196\]", program))
+    return set(re.findall(r"(\w+)\[256,12,196,196\]", program))
 
 
 def test_on_tpus_no_logits_are_written_in_float32():
     sharding = SingleDeviceSharding(devices_of("v4:2x2x1")[0])
-    x = jax.ShapeDtypeStruct((8, 196, 12, 64), "bfloat16", sharding=sharding)
+    x = jax.ShapeDtypeStruct((256, 196, 12, 64), "bfloat16", sharding=sharding)
 
     def program(implementation):
         def f(*qkvg):
