@@ -1,4 +1,4 @@
-"""Counts the matmul FLOPs of a traced program."""
+"""Counts the matmul FLOPs and the equations of a traced program."""
 
 import math
 from typing import Any
@@ -33,6 +33,16 @@ def matmul_flops(jaxpr: Any) -> int:
                 total += eqn.params["mesh"].size * matmul_flops(eqn.params["jaxpr"])
             case _:
                 total += sum(map(matmul_flops, _inner(eqn.params)))
+    return total
+
+
+def equations(jaxpr: Any) -> int:
+    """Equations of a jaxpr and of all that it holds; bodies of loops once."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        branches = eqn.params.get("branches", ())
+        total += 1 + sum(map(equations, _inner(eqn.params)))
+        total += sum(equations(branch.jaxpr) for branch in branches)
     return total
 
 

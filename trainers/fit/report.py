@@ -69,6 +69,7 @@ class Report:
       seconds_by_flops, seconds_by_traffic: lower bounds of a step; None for unknown chips.
       estimate: seconds of XLA's cycles; None where it has none, and after a quick compilation.
       pallas: kernels that the estimate leaves out.
+      equations: of the traced step. host_memory: bytes that compiling it took here, at most.
     """
 
     config: str
@@ -93,6 +94,8 @@ class Report:
     by_bytes: tuple[Operation, ...] = ()
     by_cycles: tuple[Operation, ...] = ()
     compile_seconds: float = 0.0
+    equations: int = 0
+    host_memory: int = 0
 
     def as_json(self) -> dict[str, Any]:
         own = {"fits": self.memory.fits, "spare": round(self.memory.spare, 4)}

@@ -1,6 +1,7 @@
 """Compiles the step of a config for a topology, with settings as given or with others that fit."""
 
 import math
+import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
@@ -13,7 +14,7 @@ from trainers.assemble import Step, abstract_batch, make_step
 from trainers.config import durations
 from trainers.fit import config as configs
 from trainers.fit.compiled import SPARE, Memory, compile_step, memory_of
-from trainers.fit.flops import matmul_flops
+from trainers.fit.flops import equations, matmul_flops
 from trainers.fit.report import Report, make_report
 from trainers.machine import topology
 from trainers.plan import check_batch
@@ -54,7 +55,7 @@ def try_settings(
     model_flops = _model_flops(config, devices)
     step = _step(setup)
     traced = step.trace(abstract_batch(setup), setup.mesh)
-    run_flops = matmul_flops(traced.jaxpr.jaxpr)
+    run_flops, size = matmul_flops(traced.jaxpr.jaxpr), equations(traced.jaxpr.jaxpr)
     lowered = traced.lower()
     begin = time.monotonic()
     tell(f"compiling for {name}, " + ("the quick way" if quick else "which can take minutes"))
@@ -76,6 +77,8 @@ def try_settings(
         model_flops=model_flops // len(devices),
         run_flops=run_flops // len(devices),
         compile_seconds=round(time.monotonic() - begin, 1),
+        equations=size,
+        host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
     return report, text
 
