@@ -1,6 +1,6 @@
 """Compiles the reference runs for the machines that they name, and writes the table of docs/fit.md.
 
-  python -m benchmarks.fit                       # all, minutes each; with libtpu and the CUDA plugin
+  python -m benchmarks.fit                       # all, minutes each, with both compilers
   python -m benchmarks.fit --only so400m,v4      # those whose name holds both words
   python -m benchmarks.fit --table               # no compilation: the table of what is recorded
 
