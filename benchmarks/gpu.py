@@ -60,8 +60,12 @@ def measure(command: list[str], limit: float, out: pathlib.Path) -> bool:
     with open(out / "gpu.log", "a") as log:
         print(f"{datetime.date.today()} python -m {shlex.join(command)}", file=log, flush=True)
         try:
-            options = dict(stdout=log, stderr=subprocess.STDOUT, timeout=limit)
-            code = subprocess.run([sys.executable, "-m", *command], **options).returncode
+            code = subprocess.run(
+                [sys.executable, "-m", *command],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=limit,
+            ).returncode
         except subprocess.TimeoutExpired:
             code = None
     ending = "did not end in time" if code is None else f"exit code {code}"
