@@ -1,11 +1,13 @@
 """The command that compiles for machines that are not here."""
 
 import json
-import sys
 
 import pods
-import processes
 import pytest
+
+import main as training
+from programs import compile_only as program
+from trainers.machine import topology
 
 TINY = """\
 from ml_collections import ConfigDict
@@ -32,15 +34,23 @@ def tiny(tmp_path):
     return tmp_path / "tiny.py"
 
 
-def test_a_step_on_emulated_devices_without_data_or_tokenizer(tiny, tmp_path):
-    flags = ["--topology=cpu:8", "--config.mesh.fsdp=2", f"--json={tmp_path / 'fit.json'}"]
-    ran = processes.run(
-        [sys.executable, "-m", "programs.compile_only", f"--config={tiny}:missing", *flags],
-        cwd=pods.ROOT,
-    )
-    assert "fits: yes" in ran.stdout and "8 x cpu, mesh data=4, fsdp=2; 4 pairs" in ran.stdout
-    assert "32,000 ids" in ran.stderr
-    record = json.loads((tmp_path / "fit.json").read_text())
+@pytest.fixture
+def compile_only(monkeypatch):
+    """The command in this process; what it sets in the environment is forgotten."""
+    for name in (*topology.LIBTPU_ALONE, "TPU_STDERR_LOG_LEVEL", "TPU_MIN_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    return lambda *argv: program.main([*map(str, argv)])
+
+
+def test_a_step_on_emulated_devices_without_data_or_tokenizer(tiny, tmp_path, compile_only, capfd):
+    file = tmp_path / "fit.json"
+    flags = [f"--config={tiny}:missing", "--topology=cpu:8", "--config.mesh.fsdp=2"]
+    assert compile_only(*flags, f"--json={file}") == 0
+    out, err = capfd.readouterr()
+    assert "fits: yes" in out and "8 x cpu, mesh data=4, fsdp=2; 4 pairs" in out
+    assert "32,000 ids" in err
+    record = json.loads(file.read_text())
     assert record["memory"]["peak"] > 0 and record["model_flops"] > 0
     assert record["run_flops"] == record["model_flops"]
     assert {c["kind"] for c in record["collectives"]} >= {"all-reduce", "collective-permute"}
@@ -62,24 +72,18 @@ def test_a_step_on_emulated_devices_without_data_or_tokenizer(tiny, tmp_path):
         (["--topology=cpu:8", "--config.model.img.spam=1"], "unknown key"),
     ],
 )
-def test_mistakes_are_one_line(tiny, flags, message):
-    ran = processes.run(
-        [sys.executable, "-m", "programs.compile_only", "--config", str(tiny), *flags],
-        cwd=pods.ROOT,
-        code=2,
-    )
-    *notes, error = ran.stderr.strip().split("\n")
-    assert error.startswith("error: ") and message in error, ran.stderr
-    assert "Traceback" not in ran.stderr and not any("error" in note for note in notes)
+def test_mistakes_are_one_line(tiny, compile_only, capfd, flags, message):
+    assert compile_only(f"--config={tiny}", *flags) == 2
+    err = capfd.readouterr().err
+    *notes, error = err.strip().split("\n")
+    assert error.startswith("error: ") and message in error, err
+    assert not any("error" in note for note in notes)
 
 
-def test_a_config_that_lacks_its_data_does_not_train(tiny, tmp_path):
-    ran = processes.run(
-        [sys.executable, pods.ROOT / "main.py", "--config", f"{tiny}:missing", "--workdir=w"],
-        cwd=tmp_path,
-        code=2,
-    )
-    assert "tiny.py: pass your data" in ran.stderr
+def test_a_config_that_lacks_its_data_does_not_train(tiny, tmp_path, capsys):
+    assert training.main([f"--config={tiny}:missing", f"--workdir={tmp_path / 'w'}"]) == 2
+    assert "tiny.py: pass your data" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_program_that_does_not_fit_a_tpu_says_what_takes_the_memory(tiny, tmp_path):

@@ -48,7 +48,6 @@ def try_settings(
     for note in notes:
         tell(f"note: {note}", stays=True)
     devices = topology.find_devices(name)
-    jax.config.update("jax_enable_compilation_cache", False)  # programs for others cannot be read
     tell(f"tracing the step for {name}")
     setup = make_setup(config, devices)
     check_batch(config, setup.mesh)
