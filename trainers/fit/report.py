@@ -222,7 +222,7 @@ def what(op_name: str) -> str:
     parts = [part for part in op_name.split("/") if not re.match(r"(jit|jvp|transpose)\(", part)]
     dull = r"(while|body|closed_call|checkpoint|rematted_computation|shard_map|cond|branch_.*)"
     parts = [part for part in parts if not re.fullmatch(dull, part)]
-    parts = [part for part in parts if not re.fullmatch(r"(Transformer|Encoder_0)", part)]
+    parts = [p for p in parts if not re.fullmatch(r"(Transformer|Encoder_0|TwoTowers\.\w+)", p)]
     parts = [part for part in parts if not re.fullmatch(r"encoderblock(_\d+)?", part)]
     parts = [part.replace("MultiHeadDotProductAttention_0", "attention") for part in parts]
     when = "again" if again else "backward" if backward else ""

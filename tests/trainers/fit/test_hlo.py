@@ -163,6 +163,11 @@ def test_collectives_of_a_program_of_emulated_devices():
             "closed_call/checkpoint/encoderblock_3/MlpBlock_0/Dense_1/dot_general",
             "backward img MlpBlock_0 Dense_1 dot_general",
         ),
+        (
+            "jit(update)/transpose(jvp(shard_map))/TwoTowers.encode_image/img/Transformer/"
+            "encoderblock/rematted_computation/LayerNorm_0/mul",
+            "again img LayerNorm_0 mul",
+        ),
         ("jit(update)/jvp()/shard_map/while/body/closed_call/ppermute", "ppermute"),
     ],
 )
