@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from configs import _slice, siglip_b16
 
 SLICES: dict[str, dict] = {
-    "v6e:16x16": {},
-    "h200:1x1x1": {"model.remat": "full", "input.microbatch": 512},
-    "h200:1x1x8": {"model.remat": "full"},
+    "v6e:16x16": {"model.remat": "mlp"},
+    "h200:1x1x1": {"model.remat": "mlp", "input.microbatch": 1024},
+    "h200:1x1x8": {"model.remat": "mlp", "input.microbatch": 8192},
 }
 
 

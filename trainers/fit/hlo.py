@@ -212,6 +212,10 @@ class Program:
             return writes * 2
         if instruction.opcode == "dynamic-update-slice":
             return reads[1] * 2
+        if instruction.opcode in ("copy-start", "slice-start"):  # between two kinds of memory
+            there, here, *_ = (a[0] for a in re.finditer(_ARRAY, instruction.shape))
+            to, of = (there, here) if instruction.opcode == "copy-start" else (here, there)
+            return (array_bytes(to, in_vmem=True) if array_bytes(of) else 0) + array_bytes(to)
         if instruction.opcode.endswith("-start"):
             return sum(reads) * 2
         inside = self.computations.get(instruction.called("calls") or "", [])

@@ -137,14 +137,12 @@ def collectives(program: Program, runs: list[Run]) -> tuple[Collective, ...]:
     counts: dict[tuple, list[int]] = collections.defaultdict(lambda: [0, 0])
     for run in runs:
         instruction = run.instruction
-        kind = _collective(program, instruction)
+        kind, asynchronous = _collective(program, instruction)
         if kind is None:
             continue
         if instruction.opcode.endswith("-start"):
             after = program.computations[run.computation]
             asynchronous = _works_before_done(after, instruction)
-        else:
-            asynchronous = False
         sums = counts[kind, asynchronous, bool(run.loops)]
         sums[0] += run.times
         sums[1] += run.times * _payload(program, run, kind)
@@ -154,19 +152,26 @@ def collectives(program: Program, runs: list[Run]) -> tuple[Collective, ...]:
     )
 
 
-def _collective(program: Program, instruction: Instruction) -> str | None:
-    """The kind of a collective, plain or wrapped as an asynchronous computation; None for others
-    and for the end of one."""
-    opcode = instruction.opcode
-    if opcode.endswith("-done"):
-        return None
+def _collective(program: Program, instruction: Instruction) -> tuple[str | None, bool]:
+    """(kind of a collective, whether it is made part by part in other operations).
+
+    (None, False) for all else, and for what continues or ends a collective. TPUs have two forms of
+    their own: a fusion that starts one whose parts later fusions make, and a fusion that is a
+    reduce-scatter and looks like an all-reduce.
+    """
+    opcode, called = instruction.opcode, instruction.called("calls") or ""
     if opcode.removesuffix("-start") in COLLECTIVES:
-        return opcode.removesuffix("-start")
+        return opcode.removesuffix("-start"), False
     if opcode in ("async-start", "fusion"):
-        for inner in program.computations.get(instruction.called("calls") or "", ()):
-            if inner.opcode in COLLECTIVES:
-                return inner.opcode
-    return None
+        inside = program.computations.get(called, ())
+        inner = next((i.opcode for i in inside if i.opcode in COLLECTIVES), None)
+        if called.startswith("all-reduce-scatter"):
+            return "reduce-scatter", False
+        if any("AsyncCollectiveStart" in i.rest for i in inside):
+            return inner, True
+        if opcode == "async-start":
+            return inner, False
+    return None, False
 
 
 def _works_before_done(computation: list[Instruction], start: Instruction) -> bool:
@@ -184,10 +189,10 @@ def _payload(program: Program, run: Run, kind: str) -> int:
     instruction = run.instruction
     around = {i.name: i for i in program.computations[run.computation]}
     if kind == "all-gather":
-        shape = instruction.shape
-        if instruction.opcode.endswith("-start"):  # (operands, results)
-            return max(array_bytes(part, in_vmem=True) for part in _parts(shape))
-        return array_bytes(shape, in_vmem=True)
+        parts = [array_bytes(part, in_vmem=True) for part in _parts(instruction.shape)]
+        # Where it starts, the type is (operands, results, ...).
+        plain = instruction.opcode == "all-gather"
+        return sum(parts) if plain else max(parts)
     shapes = [around[name].shape for name in instruction.operands if name in around]
     return sum(array_bytes(shape, in_vmem=True) for shape in shapes)
 

@@ -137,6 +137,55 @@ def test_collectives_are_asynchronous_where_work_stands_before_their_end():
     }
 
 
+TPU_FORMS = """HloModule m, is_scheduled=true
+
+%started (p: bf16[8,128]) -> (bf16[8,128], bf16[64,128], u32[]) {
+  %p = bf16[8,128]{1,0} parameter(0)
+  %gathered = bf16[64,128]{1,0} all-gather(%p), dimensions={0}
+  ROOT %call = (bf16[8,128]{1,0}, bf16[64,128]{1,0}, u32[]{:S(2)}) custom-call(%gathered), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%continued (q: bf16[8,128]) -> (f32[8], bf16[64,128]) {
+  %q = bf16[8,128]{1,0} parameter(0)
+  %more = bf16[64,128]{1,0} all-gather(%q), dimensions={0}
+  ROOT %both = (f32[8]{0}, bf16[64,128]{1,0}) tuple(%q, %more)
+}
+
+%all-reduce-scatter (r: f32[64,128]) -> f32[8,128] {
+  %r = f32[64,128]{1,0} parameter(0)
+  %sum = f32[64,128]{1,0} all-reduce(%r), to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %part = f32[8,128]{1,0} dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={8,128}
+}
+
+ENTRY %main (x: bf16[8,128], g: f32[64,128]) -> f32[8,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %g = f32[64,128]{1,0} parameter(1)
+  %begin = (bf16[8,128]{1,0}, bf16[64,128]{1,0}, u32[]{:S(2)}) fusion(%x), kind=kCustom, \
+calls=%started
+  %work = (f32[8]{0}, bf16[64,128]{1,0}) fusion(%x), kind=kOutput, calls=%continued
+  %near = ((f32[64,128]{1,0}), f32[16,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%g), slice={}
+  %out = (f32[64,128]{1,0}, f32[64,128]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%near)
+  ROOT %scattered = f32[8,128]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+def test_forms_that_only_tpus_have():
+    program = Program(TPU_FORMS)
+    runs = {run.instruction.name: run for run in program.runs()}
+    found = [
+        (c.kind, c.count, c.bytes, c.asynchronous) for c in collectives(program, [*runs.values()])
+    ]
+    assert found == [
+        ("all-gather", 1, 64 * 128 * 2, True),
+        ("reduce-scatter", 1, 64 * 128 * 4, False),
+    ]
+    assert program.traffic(runs["near"]) == 16 * 128 * 4  # only the slice is read
+    assert program.traffic(runs["out"]) == 64 * 128 * 4  # only written
+
+
 def test_collectives_of_a_program_of_emulated_devices():
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
