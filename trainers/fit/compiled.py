@@ -107,7 +107,7 @@ def compile_step(
     elif device.platform == "gpu" and not _is_here(device):
         options = WITHOUT_TUNING
     begin = log.seek(0, os.SEEK_END) if log else 0
-    cached = jax.config.jax_enable_compilation_cache
+    cached = jax.config.values["jax_enable_compilation_cache"]
     try:
         # A program for a device that is not here cannot be read from the cache again.
         jax.config.update("jax_enable_compilation_cache", cached and _is_here(device))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from base.errors import UserError
 from benchmarks import train
 from benchmarks.train_case import step_flops
 from trainers.fit import trial
@@ -131,3 +132,15 @@ def test_memory_of_a_compiled_program_counts_arguments_once():
     assert memory.arguments == x.nbytes
     assert x.nbytes <= memory.peak <= 3 * x.nbytes
     assert str(Memory(3 << 30, 4 << 30)) == "3.0 of 4.0 GiB a device, 25% to spare"
+
+
+def test_a_step_too_large_for_the_compiler_here_is_refused(monkeypatch):
+    monkeypatch.setattr(trial, "_free_memory", lambda: 4 * 10**9)
+    with pytest.raises(UserError, match=r"takes about 8 GB of memory, 4 GB are free here; .*scan"):
+        trial.check_host_memory(50_000, "tpu", scan=False)
+    with pytest.raises(UserError, match="end other programs"):
+        trial.check_host_memory(50_000, "tpu", scan=True)
+    trial.check_host_memory(50_000, "cpu", scan=False)
+    trial.check_host_memory(8_000, "tpu", scan=False)
+    monkeypatch.undo()
+    assert trial._free_memory() > 10**8
