@@ -29,6 +29,7 @@ class Chip:
       torus: whether each device has links of its own to its neighbours, which run at once.
       clock: cycles/s, for XLA's estimates of cycles; None where XLA gives none.
       compiler_options: XLA's, with which a training step is compiled.
+      cores: that share the work of a kernel.
     """
 
     flops: float
@@ -39,16 +40,17 @@ class Chip:
     torus: bool
     clock: float | None = None
     compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cores: int = 1
 
 
 # The beginning of JAX's device_kind -> the chip; the first that fits counts.
 CHIPS = {
-    "TPU v4": Chip(275e12, int(30.75 * GiB), 1228e9, 45e9, 2e-6, True, 1.05e9),
+    "TPU v4": Chip(275e12, int(30.75 * GiB), 1228e9, 45e9, 2e-6, True, 1.05e9, cores=2),
     "TPU v5 lite": Chip(
         197e12, int(15.75 * GiB), 819e9, 45e9, 2e-6, True, 1.5e9, fusions_may_have(32)
     ),
     "TPU v5e": Chip(197e12, int(15.75 * GiB), 819e9, 45e9, 2e-6, True, 1.5e9, fusions_may_have(32)),
-    "TPU v5": Chip(459e12, int(95.74 * GiB), 2765e9, 90e9, 2e-6, True, 1.75e9),
+    "TPU v5": Chip(459e12, int(95.74 * GiB), 2765e9, 90e9, 2e-6, True, 1.75e9, cores=2),
     "TPU v6": Chip(
         918e12, int(31.25 * GiB), 1640e9, 90e9, 2e-6, True, 1.75e9, fusions_may_have(32)
     ),

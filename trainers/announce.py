@@ -39,7 +39,7 @@ def introduce(run: TrainingRun, examples: int, state: Any, start: Start) -> None
         f"{epochs:.3g} epochs\n"
         f"  devices: {mesh.size} {mesh.devices.flat[0].platform}, "
         f"mesh {', '.join(f'{k}={v}' for k, v in mesh.shape.items())}; "
-        f"jax {jax.__version__}\n"
+        f"attention {run.setup.model.txt.attention}; jax {jax.__version__}\n"
         f"  loss: {describe_objectives(config, run.setup.model, mesh)}"
     )
     if jax.process_index() == 0 and not (run.workdir / PARAMETERS).exists():

@@ -9,7 +9,7 @@ def matmul_flops(jaxpr: Any) -> int:
 
     A scan counts as often as it runs, a `while` once; of a `cond` the cheaper branch counts, so
     that what only some steps do, such as logged statistics, is left out. Inside a shard_map shapes
-    are one device's, so its FLOPs count once for each.
+    are one device's, so its FLOPs count once for each; a Pallas kernel's for each of its blocks.
     """
     total = 0
     for eqn in jaxpr.eqns:
@@ -29,6 +29,9 @@ def matmul_flops(jaxpr: Any) -> int:
                 total += eqn.params["length"] * matmul_flops(eqn.params["jaxpr"].jaxpr)
             case "cond":
                 total += min(matmul_flops(branch.jaxpr) for branch in eqn.params["branches"])
+            case "pallas_call":
+                grid = eqn.params["grid_mapping"].grid
+                total += math.prod(grid) * matmul_flops(eqn.params["jaxpr"])
             case "shard_map":
                 total += eqn.params["mesh"].size * matmul_flops(eqn.params["jaxpr"])
             case _:

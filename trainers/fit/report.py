@@ -68,7 +68,9 @@ class Report:
       traffic: bytes to and from the device's memory.
       seconds_by_flops, seconds_by_traffic: lower bounds of a step; None for unknown chips.
       estimate: seconds of XLA's cycles; None where it has none, and after a quick compilation.
-      pallas: kernels that the estimate leaves out.
+      pallas: runs of kernels that the estimate leaves out; kernel_seconds: a lower bound of their
+        time, counted by hand.
+      attention: the implementation, see siglip.towers.attention.
       equations: of the traced step. host_memory: bytes that compiling it took here, at most.
     """
 
@@ -89,6 +91,8 @@ class Report:
     estimate: float | None = None
     mfu: float | None = None
     pallas: int = 0
+    kernel_seconds: float = 0.0
+    attention: str = ""
     unknown_loops: int = 0
     collectives: tuple[Collective, ...] = ()
     by_bytes: tuple[Operation, ...] = ()
@@ -244,7 +248,7 @@ def page(report: Report) -> str:
     lines = [
         f"{report.config} {settings}".rstrip(),
         f"  on {report.topology}: {report.devices} x {report.device_kind}, mesh {mesh}; "
-        f"{report.pairs:,} pairs a device",
+        f"{report.pairs:,} pairs a device; attention {report.attention}",
         f"  fits: {'yes' if memory.fits else 'NO'}, {memory}"
         + ("" if memory.fits else _excess(memory)),
     ]
@@ -267,7 +271,10 @@ def page(report: Report) -> str:
             "(estimate, no wire time, no Pallas time)"
         )
     if report.pallas:
-        lines.append(f"  {report.pallas} runs of Pallas kernels, which the estimate leaves out")
+        lines.append(
+            f"  {report.pallas} runs of Pallas kernels, which the estimate leaves out: attention "
+            f"at least {report.kernel_seconds * 1e3:,.0f} ms, counted by hand"
+        )
     if report.quick and memory.fits and report.traffic:
         lines.append("  compiled the quick way: memory up to a tenth too high, no estimate of time")
     if report.unknown_loops:
