@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fsdp_traffic import sizes, traffic
 
 from siglip import sharding
 from siglip.losses import LOSSES, definitions
@@ -16,7 +17,6 @@ from siglip.objectives.objective import Objective, Part, Rows
 from siglip.sharding import make_mesh, params_sharding, to_device
 from siglip.towers.two_towers import make_model
 from siglip.towers.vit import images_of
-from trainers.fit.hlo import Program, array_bytes
 from trainers.step.microbatches import Objectives
 from trainers.step.train_state import TrainState
 
@@ -157,32 +157,6 @@ def test_an_objective_is_written_as_for_one_device(microbatch):
     assert_equal(run[0].compile()(*run[1]), jax.jit(jax.value_and_grad(directly))(params))
 
 
-def traffic(text):
-    """(kind, devices that take part, in a loop over layers) -> bytes of a device in a step."""
-    sums = collections.Counter()
-    for run in (program := Program(text)).runs():
-        i, kind = run.instruction, run.instruction.opcode.removesuffix("-start")
-        if kind in ("all-gather", "reduce-scatter", "all-reduce"):
-            groups = re.search(r"replica_groups=\{(\{[\d,]*\})?", i.rest)
-            size = groups[1].count(",") + 1 if groups and groups[1] else DEVICES
-            by_name = {other.name: other for other in program.computations[run.computation]}
-            shapes = [i.shape] if kind == "all-gather" else [by_name[n].shape for n in i.operands]
-            looped = any("layers" not in name for name in run.loops)
-            sums[kind, size, looped] += run.times * sum(map(array_bytes, shapes))
-    return sums
-
-
-def sizes(params, mesh):
-    """Bytes of parameters: split and in blocks, split and elsewhere, not split."""
-    sums = collections.Counter()
-    place = params_sharding(params, mesh)
-    for (path, x), s in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(place)):
-        name = jax.tree_util.keystr(path)
-        where = "whole" if s.is_fully_replicated else "block" if "encoderblock" in name else "rest"
-        sums[where] += x.nbytes
-    return sums["block"], sums["rest"], sums["whole"]
-
-
 @pytest.mark.parametrize("fsdp", [1, 4])
 @pytest.mark.parametrize("microbatch", [0, 8])
 @pytest.mark.parametrize("scan, remat", [(True, "full"), (True, "mlp"), (False, "none")])
@@ -192,7 +166,7 @@ def test_bytes_between_devices(fsdp, microbatch, scan, remat):
     loss = LOSSES["sigmoid"](mesh, exchange="ring")  # its own exchange is by permutes
     terms = {"contrastive": make_contrastive(model, mesh, loss)}
     lowered, _ = compiled(model, terms, mesh, params, batch, microbatch=microbatch)
-    found = traffic(lowered.compile().as_text())
+    found = traffic(lowered.compile().as_text(), DEVICES)
     block, rest, whole = sizes(params, mesh)
     assert (block > 10 * whole) == (fsdp > 1)
     parts = N // microbatch if microbatch else 1
