@@ -174,7 +174,7 @@ def _tpu_attention(query, key, value, mask):
 
 
 def _tpu_forward(query, key, value, mask):
-    query, key, value = _named(_rows(query), _rows(key), _rows(value))
+    query, key, value = _rows(query), _rows(key), _rows(value)
     scale = 1 / math.sqrt(query.shape[-1])
     peak = jnp.max(_logits(query, key, mask), axis=-1, keepdims=True)
     # The barrier keeps XLA from computing the logits once, which it would have to write.
@@ -182,10 +182,13 @@ def _tpu_forward(query, key, value, mask):
     weights = _squares(jnp.exp((_logits(query, key, mask) - peak) * scale).astype(query.dtype))
     # Weights add up to 1 as they are multiplied, in bfloat16.
     share = 1 / jnp.sum(weights, axis=-1, keepdims=True, dtype=jnp.float32)
-    weights, share = checkpoint_name(weights, WEIGHTS), checkpoint_name(share, WEIGHTS)
     out = _matmul("nhqk,nkhd->nqhd", weights, value) * _swapped(share)
     out = checkpoint_name(out.astype(query.dtype), ATTENDED)
-    return out, (query, key, value, mask, out, weights, share)
+    # Names of what remat may keep. They are given behind all that the forward pass computes:
+    # jax.checkpoint rounds what is kept again (reduce_precision), in a pass of its own over the
+    # weights, unless nothing else reads it.
+    weights, share = checkpoint_name(weights, WEIGHTS), checkpoint_name(share, WEIGHTS)
+    return out, (*_named(query, key, value), mask, out, weights, share)
 
 
 def _tpu_backward(residuals, grad):
