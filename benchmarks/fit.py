@@ -88,7 +88,8 @@ def compile_case(python: str, name: str, topology: str) -> dict[str, Any] | None
         command = [python, "-m", "programs.compile_only", f"--config={config}", f"--json={file}"]
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if not file.exists():
-            print(f"{config}: {ran.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+            last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
+            print(f"{config}: {last}", file=sys.stderr)
             return None
         record = json.loads(file.read_text())
     return {key: value for key, value in record.items() if key not in DROPPED}

@@ -40,7 +40,7 @@ def resolve(option: str, devices: Sequence[Any] | None = None) -> str:
         raise ValueError(f"attention {option!r} is none of {', '.join(OPTIONS)}")
     device = (jax.local_devices() if devices is None else devices)[0]
     if device.platform == "tpu":
-        return "fused" if option == "fused" else "tpu"
+        return "tpu" if option == "auto" else option
     if option != "xla" and has_cudnn(device):
         return "cudnn"
     if option == "fused":

@@ -63,6 +63,7 @@ def test_two_processes_are_one_and_stop_at_the_same_step(tiny, tmp_path):
     with two_started(tiny, two) as running:
         out, other = (processes.end(process, program.DONE).stdout for process in running)
     assert f"going on from step {step} of {two}" in out and "devices: 4 cpu" in out
+    assert "memory of a step: " in out
     said = [line for line in other.splitlines() if not line.startswith("[Gloo]")]  # jaxlib's
     assert len(said) == 1 and said[0].startswith("distributed: process 1 of 2, ")
     assert len(list(two.glob("events.out.tfevents.*"))) == 2  # one a life

@@ -16,6 +16,7 @@ from siglip.chips import GiB, find_chip
 QUICK = {"exec_time_optimization_effort": -1.0}  # of TPUs: bytes nearly right, cycles wrong
 # No card is here to time kernels on.
 WITHOUT_TUNING = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+JAX_SHARE = 0.75  # of a GPU's memory is JAX's, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 SPARE = 0.08  # of the memory that should stay free: other versions of XLA need more or less
 
 
@@ -47,29 +48,35 @@ class Memory:
         return 1 - self.peak / self.limit if self.limit else 1.0
 
     def __str__(self) -> str:
+        if not self.limit and self.peak < GiB:
+            return f"{self.peak / 2**20:.0f} MiB a device"
         of = f" of {self.limit / GiB:.1f}" if self.limit else ""
         spare = f", {self.spare:.0%} to spare" if self.limit and self.fits else ""
         return f"{self.peak / GiB:.1f}{of} GiB a device{spare}"
 
 
 def memory_of(compiled: Any, device: Any) -> Memory:
-    """The memory of a compiled program on devices of this kind."""
-    stats, chip = compiled.memory_analysis(), find_chip(device)
-    limit = chip.memory if chip else 0
-    if device.platform == "gpu" and hasattr(device, "memory_stats"):
-        limit = (_stats(device) or {}).get("bytes_limit", limit)
-    # Backends without a peak of their own report 0.
+    """The memory of a compiled program on devices of this kind; 0 where XLA does not say."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return Memory(0, 0)
     arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    peak = getattr(stats, "peak_memory_in_bytes", 0) or arguments + outputs + temporaries
-    return Memory(peak, limit, arguments, temporaries)
+    peak = stats.peak_memory_in_bytes
+    if device.platform == "cpu":  # its peak lacks the temporaries
+        peak = arguments + outputs + temporaries
+    return Memory(peak, _limit(device), arguments, temporaries)
 
 
-def _stats(device: Any) -> dict[str, int] | None:
-    try:
-        return device.memory_stats()
-    except Exception:  # a device that is not here has none
-        return None
+def _limit(device: Any) -> int:
+    """Bytes that a program can have on a device; 0 if that is not known."""
+    chip = find_chip(device)
+    if device.platform != "gpu":
+        return chip.memory if chip else 0
+    if _is_here(device) and (limit := (device.memory_stats() or {}).get("bytes_limit")):
+        return limit
+    share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or JAX_SHARE
+    return int(chip.memory * float(share)) if chip else 0
 
 
 @contextmanager
@@ -117,7 +124,7 @@ def compile_step(
         if log:
             log.seek(begin)
             text = log.read().decode(errors="replace")
-        memory = needed(str(error), text, device)
+        memory = needed(str(error), text)
         if memory is None:
             raise
         return memory
@@ -133,38 +140,33 @@ _SIZE = r"([\d.]+)([KMGT]?)"
 _NEEDED = (
     rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)",
     rf"Used {_SIZE} of {_SIZE} hbm",
-    rf"Used {_SIZE}i?B? of {_SIZE}i?B? \w+\. Exceeded",
 )
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
-def needed(message: str, log: str = "", device: Any = None) -> Memory | None:
-    """The Memory that an error says a program needs; None if the error says nothing of the kind.
+def needed(message: str, log: str = "") -> Memory | None:
+    """The Memory that a program needs which does not fit a TPU's main memory, by the compiler's
+    error; None of any other error, such as of a kernel too large for the vector memory.
 
     Args:
-      message: of the error. TPUs: "HLO temporaries (65.33G) exceeds available HBM (30.75G)"; GPUs
-        and CPUs: "allocating 123 bytes".
+      message: of the error, such as "HLO temporaries (65.33G) exceeds available HBM (30.75G)".
       log: what libtpu wrote on stderr, with its table of buffers.
     """
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     for pattern in _NEEDED:
-        if match := re.search(pattern, message) or re.search(pattern, log):
+        if match := re.search(pattern, message):
             peak, limit = (int(float(match[i]) * 2 ** _UNITS[match[i + 1]]) for i in (1, 3))
             return Memory(peak, limit, largest=_buffers(log))
-    chip = find_chip(device) if device is not None else None
-    match = re.search(r"allocat\w+ (\d+) bytes", message)
-    return Memory(int(match[1]) if match else 0, chip.memory if chip and not match else 0)
+    return None
 
 
 def shortage(message: str) -> str:
     """' (65.3 GiB of 30.8)' of an error about memory; '' where it has no numbers."""
-    memory = needed(message)
-    if memory is None or not memory.peak:
-        return ""
-    if memory.limit:
+    if memory := needed(message):
         return f" ({memory.peak / GiB:.1f} GiB of {memory.limit / GiB:.1f})"
-    return f" (a buffer of {memory.peak / GiB:.1f} GiB)"
+    match = re.search(r"allocat\w+ (\d+) bytes", message)  # of a GPU or a CPU
+    return f" (a buffer of {int(match[1]) / GiB:.1f} GiB)" if match else ""
 
 
 def _buffers(log: str) -> tuple[tuple[int, str], ...]:

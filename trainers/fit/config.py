@@ -27,12 +27,14 @@ def load(config_flag: str, overrides: Iterable[tuple[str, str]] = ()) -> tuple[A
     for key in ("mixture", "language_temperature", "corrupt"):
         block.pop(key, None)
     given["input"] = block | {"source": {"name": "scenes"}, "tokenizer": {"name": "bytes"}}
-    kept = [
-        (key, value)
-        for key, value in overrides
-        if not any(key == name or key.startswith(f"{name}.") for name in IGNORED)
-    ]
-    notes = []
+    kept, notes = [], []
+    for key, value in overrides:
+        if any(key == name or key.startswith(f"{name}.") for name in IGNORED):
+            notes.append(f"--config.{key} changes nothing here")
+        else:
+            kept.append((key, value))
+        if key == "input.tokenizer.name":
+            tokenizer = {"name": value}
     model = dict(given.get("model", {}))
     has_size = "vocab_size" in model.get("txt", {}) or "model.txt.vocab_size" in dict(kept)
     if tokenizer.get("name", "bytes") != "bytes" and not has_size:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8} | {
     f"{sign}{bits}": max(1, bits // 8) for sign in "su" for bits in (2, 4, 8, 16, 32, 64)
 }
+SMALL = 4096
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%([\w.-]+)")
 
@@ -109,8 +110,12 @@ class Program:
                 table[int(match[1])] = match[2]
 
     def runs(self) -> Iterator[Run]:
-        """Every instruction that a step runs, outside of fusions, in order; of a conditional the
-        branch with more instructions."""
+        """Every instruction that a step runs, outside of fusions, in order.
+
+        Of a conditional that yields a state (more than SMALL bytes) the branch with more
+        instructions, which makes an update; of others, such as statistics of logged steps alone,
+        the one with fewer.
+        """
         self.unknown_loops.clear()
         yield from self._runs(self._entry, 1, ())
 
@@ -126,7 +131,8 @@ class Program:
                 case "conditional":
                     sizes = {b: len(self.computations.get(b, ())) for b in instruction.branches}
                     if sizes:
-                        yield from self._runs(max(sizes, key=lambda b: sizes[b]), times, loops)
+                        choose = max if array_bytes(instruction.shape) > SMALL else min
+                        yield from self._runs(choose(sizes, key=lambda b: sizes[b]), times, loops)
                 case "call":
                     yield from self._runs(instruction.called("to_apply") or "", times, loops)
                 case _:
@@ -216,6 +222,8 @@ class Program:
             there, here, *_ = (a[0] for a in re.finditer(_ARRAY, instruction.shape))
             to, of = (there, here) if instruction.opcode == "copy-start" else (here, there)
             return (array_bytes(to, in_vmem=True) if array_bytes(of) else 0) + array_bytes(to)
+        if instruction.opcode in ("all-gather-start", "reduce-scatter-start"):
+            return sum(reads) + array_bytes(elements(instruction.shape)[1])
         if instruction.opcode.endswith("-start"):
             return sum(reads) * 2
         inside = self.computations.get(instruction.called("calls") or "", [])
@@ -242,7 +250,7 @@ class Program:
                         using.append((user, name))
             if index >= len(reads) or not using:
                 continue
-            if all(u.opcode in ("dynamic-slice", "slice") for u, _ in using):
+            if all(u.opcode in _SLICES and u.operands[0] == n for u, n in using):
                 reads[index] = min(reads[index], sum(array_bytes(u.shape) for u, _ in using))
             elif all(u.opcode == "dynamic-update-slice" and u.operands[0] == n for u, n in using):
                 part = sum(array_bytes(by_name[u.operands[1]].shape) for u, _ in using)
@@ -251,6 +259,7 @@ class Program:
         return reads, writes
 
 
+_SLICES = ("dynamic-slice", "slice", "gather")
 _NO_TRAFFIC = {
     "parameter",
     "constant",
@@ -291,6 +300,20 @@ def _closing(text: str) -> int:
         if not depth:
             return match.start()
     return len(text)
+
+
+def elements(shape: str) -> list[str]:
+    """The types in a tuple type, '(f32[2], (s8[3]))' -> ['f32[2]', '(s8[3])']; else the type."""
+    if not shape.startswith("("):
+        return [shape]
+    parts, depth = [""], 0
+    for char in re.sub(r"/\*.*?\*/", "", shape)[1:-1]:
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts]
 
 
 def _index(match: re.Match | str | None) -> int | None:

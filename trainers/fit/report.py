@@ -8,7 +8,7 @@ from typing import Any
 
 from siglip.chips import GiB, find_chip
 from trainers.fit.compiled import Memory
-from trainers.fit.hlo import Instruction, Program, Run, array_bytes
+from trainers.fit.hlo import Instruction, Program, Run, array_bytes, elements
 
 ROOT = str(pathlib.Path(__file__).resolve().parents[2])
 COLLECTIVES = (
@@ -193,17 +193,12 @@ def _payload(program: Program, run: Run, kind: str) -> int:
     instruction = run.instruction
     around = {i.name: i for i in program.computations[run.computation]}
     if kind == "all-gather":
-        parts = [array_bytes(part, in_vmem=True) for part in _parts(instruction.shape)]
-        # Where it starts, the type is (operands, results, ...).
-        plain = instruction.opcode == "all-gather"
-        return sum(parts) if plain else max(parts)
+        whole = instruction.shape
+        if instruction.opcode != "all-gather":  # where it starts: (operands, results, ...)
+            whole = elements(whole)[1]
+        return array_bytes(whole, in_vmem=True)
     shapes = [around[name].shape for name in instruction.operands if name in around]
     return sum(array_bytes(shape, in_vmem=True) for shape in shapes)
-
-
-def _parts(shape: str) -> list[str]:
-    """The arrays of a tuple type."""
-    return re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", shape) or [shape]
 
 
 def _operations(program: Program, runs: list[Run]) -> list[Operation]:

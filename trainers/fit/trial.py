@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import jax
 
 from base.errors import UserError
+from base.words import one_line
 from siglip.chips import find_chip
 from siglip.towers.fused_attention import work
 from siglip.towers.precomputed import Precomputed
@@ -62,7 +63,10 @@ def try_settings(
     lowered = traced.lower()
     begin = time.monotonic()
     tell(f"compiling for {name}, " + ("the quick way" if quick else "which can take minutes"))
-    program = compile_step(lowered, devices[0], quick=quick, log=log)
+    try:
+        program = compile_step(lowered, devices[0], quick=quick, log=log)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"the compiler refuses the step: {one_line(error)}") from error
     fits = not isinstance(program, Memory)
     text = program.as_text() if fits else None
     report = make_report(
@@ -196,13 +200,17 @@ def candidates(config: Any, devices: list[Any]) -> Iterator[dict[str, str]]:
     forward pass; halved until a device has one pair.
     """
     yield {}
-    setup = make_setup(config, devices)
-    chip, settings = find_chip(devices[0]), {}
-    fsdp, most = setup.mesh.shape["fsdp"], (chip.memory if chip else 0) / 4
-    state = state_bytes(_step(setup).state)
-    while most and state > most and fsdp < len(devices):
-        state, fsdp = state / 2, fsdp * 2
-        settings = {"mesh.fsdp": str(fsdp)}
+    chip, count, settings = find_chip(devices[0]), len(devices), {}
+    now = make_setup(config, devices).mesh.shape["fsdp"]
+    most = (chip.memory if chip else math.inf) / 4
+    for fsdp in (f for f in range(now, count + 1) if count % f == 0):
+        split = config.copy_and_resolve_references()
+        with split.unlocked():
+            split.mesh.data, split.mesh.fsdp = -1, fsdp
+        if fsdp > now:
+            settings = {"mesh.data": "-1", "mesh.fsdp": str(fsdp)}
+        if state_bytes(_step(make_setup(split, devices)).state) <= most:
+            break
     if settings:
         yield settings
     heavier = REMAT[REMAT.index(config.model.remat) + 1 :]
@@ -210,7 +218,7 @@ def candidates(config: Any, devices: list[Any]) -> Iterator[dict[str, str]]:
         settings = {**settings, "model.remat": remat}
         yield settings
     pairs = config.input.microbatch or config.input.batch_size
-    while pairs % 2 == 0 and pairs // 2 >= len(devices) and (pairs // 2) % len(devices) == 0:
+    while pairs % (2 * count) == 0:
         pairs //= 2
         yield {**settings, "input.microbatch": str(pairs)}
 

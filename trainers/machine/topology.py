@@ -5,8 +5,6 @@ by the compiler of their kind (libtpu, or JAX's CUDA plugin), and asked what it 
 """
 
 import importlib.util
-import math
-import os
 import re
 from collections.abc import MutableMapping
 from typing import Any
@@ -108,7 +106,6 @@ def _gpus(name: str, kind: str, layout: str) -> list[Any]:
     plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
     if not any(importlib.util.find_spec(plugin) for plugin in plugins):
         raise UserError(f"topology {name!r} needs JAX's CUDA plugin: {INSTALL['cuda']}")
-    os.environ["JAX_PLATFORMS"] = "cpu"
     return list(
         topologies.get_topology_desc(
             name, "cuda", topology=layout, target_config=_target_config(kind)
@@ -145,9 +142,3 @@ dnn_version_info {{ major: 9 minor: 12 }}
 runtime_version {{ major: 13 }}
 device_description_str: "{description}"
 """
-
-
-def count(name: str) -> int:
-    """Devices of a topology, by its name alone."""
-    kind, _, layout = name.partition(":")
-    return math.prod(map(int, layout.split("x"))) * (2 if kind == "tpu7x" else 1)

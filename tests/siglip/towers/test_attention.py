@@ -116,7 +116,7 @@ def test_on_tpus_no_logits_are_written_in_float32():
         ("auto", H100, "cudnn"),
         ("auto", TPU, "tpu"),
         ("xla", H100, "xla"),
-        ("xla", TPU, "tpu"),
+        ("xla", TPU, "xla"),
         ("fused", H100, "cudnn"),
         ("fused", TPU, "fused"),
     ],

@@ -172,6 +172,61 @@ calls=%started
 """
 
 
+MORE = """HloModule m, is_scheduled=true
+
+%look (t: f32[1000,8], i: s32[2]) -> f32[2,8] {
+  %t = f32[1000,8]{1,0} parameter(0)
+  %i = s32[2]{0} parameter(1)
+  ROOT %rows = f32[2,8]{1,0} gather(%t, %i), offset_dims={1}
+}
+
+%few (a: f32[4]) -> f32[] {
+  ROOT %nan = f32[] constant(nan)
+}
+
+%many (b: f32[4]) -> f32[] {
+  %b = f32[4]{0} parameter(0)
+  %square = f32[4]{0} multiply(%b, %b)
+  ROOT %norm = f32[] reduce(%square, %square), to_apply=%add
+}
+
+%keep (c: f32[4096]) -> f32[4096] {
+  ROOT %c = f32[4096]{0} parameter(0)
+}
+
+%apply (d: f32[4096]) -> f32[4096] {
+  %d = f32[4096]{0} parameter(0)
+  ROOT %updated = f32[4096]{0} multiply(%d, %d)
+}
+
+ENTRY %main (table: f32[1000,8], ids: s32[2], a: f32[8], b: f32[16]) -> f32[2,8] {
+  %table = f32[1000,8]{1,0} parameter(0)
+  %ids = s32[2]{0} parameter(1)
+  %a = f32[8]{0} parameter(2)
+  %b = f32[16]{0} parameter(3)
+  %found = f32[2,8]{1,0} fusion(%table, %ids), kind=kLoop, calls=%look
+  %both = ((f32[8]{0}, f32[16]{0}), (f32[64]{0}, f32[128]{0})) all-gather-start(%a, %b)
+  %logged = f32[] conditional(%ids, %a, %a), branch_computations={%few, %many}
+  %state = f32[4096]{0} conditional(%ids, %a, %a), branch_computations={%keep, %apply}
+  ROOT %copy = f32[2,8]{1,0} copy(%found)
+}
+"""
+
+
+def test_a_lookup_reads_its_rows_and_a_combined_gather_counts_all_its_results():
+    program = Program(MORE)
+    runs = {run.instruction.name: run for run in program.runs()}
+    assert program.traffic(runs["found"]) == 64 + 8 + 64
+    assert program.traffic(runs["both"]) == 4 * (8 + 16) + 4 * (64 + 128)
+    (gather,) = collectives(program, [*runs.values()])
+    assert (gather.kind, gather.bytes) == ("all-gather", 4 * (64 + 128))
+
+
+def test_of_conditionals_the_update_counts_and_what_only_logged_steps_do_does_not():
+    names = {run.instruction.name for run in Program(MORE).runs()}
+    assert "updated" in names and "norm" not in names
+
+
 def test_forms_that_only_tpus_have():
     program = Program(TPU_FORMS)
     runs = {run.instruction.name: run for run in program.runs()}
