@@ -10,6 +10,10 @@ quickstart: .venv/ready
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
+	@if [ -e .venv/pods/ready ]; then \
+	  echo "once more, with the compiler of TPUs: the files that use it"; \
+	  .venv/pods/bin/python -m pytest -n auto --dist loadfile \
+	    $$(grep -rl topologies tests --include='test_*.py'); fi
 
 # The peers that tests/siglip/parity compares with; without them those tests skip.
 parity: .venv/parity/ready

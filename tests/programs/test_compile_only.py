@@ -53,7 +53,7 @@ def test_a_step_on_emulated_devices_without_data_or_tokenizer(tiny, tmp_path, co
     record = json.loads(file.read_text())
     assert record["memory"]["peak"] > 0 and record["model_flops"] > 0
     assert record["run_flops"] == record["model_flops"]
-    assert {c["kind"] for c in record["collectives"]} >= {"all-reduce", "collective-permute"}
+    assert "all-reduce" in {c["kind"] for c in record["collectives"]}
     assert record["settings"] == {"mesh.fsdp": "2"}
 
 
