@@ -24,8 +24,8 @@ SLICES: dict[str, dict] = {
     "v4:4x4x2": {"model.remat": "full"},
     "v5e:16x16": {},
     "v6e:8x8": {"model.remat": "mlp"},
-    "h200:1x1x1": {"input.microbatch": 2048},
-    "h200:1x1x8": {"input.microbatch": 16_384},
+    "h200:1x1x1": {"model.remat": "elementwise", "input.microbatch": 1024},
+    "h200:1x1x8": {"model.remat": "elementwise", "input.microbatch": 8192},
 }
 
 
