@@ -1,5 +1,6 @@
 """Every config loads and builds; the reference run is the paper's, and its parts run."""
 
+import importlib
 import io
 import json
 import os
@@ -72,6 +73,24 @@ def test_every_config_loads_and_builds_its_model(name):
     assert set(params) >= {"txt", "t"} and ("img" in params) == (name != "siglit")
     plan = make_plan(config, 10_000)
     assert plan.total > 0 and plan.save_every and set(plan.evals) == set(config.evals)
+
+
+WITH_SLICES = ("siglip_b16", "siglip_l16", "siglip_so400m")
+
+
+@pytest.mark.parametrize("name", WITH_SLICES)
+def test_a_slice_sets_what_its_machine_needs_and_nothing_else(name):
+    slices = importlib.import_module(f"configs.{name}").SLICES
+    plain = flatten(load(name).to_dict())
+    assert slices
+    for topology, settings in slices.items():
+        chosen = flatten(load(name, f"{ARGUMENTS[name]},slice={topology}").to_dict())
+        assert {key: chosen[key] for key in chosen if chosen[key] != plain[key]} == settings
+
+
+def test_a_slice_that_no_config_knows_is_one_line():
+    with pytest.raises(UserError, match=r"slice='v4:1' is none of v4:4x4x2, .*--fit finds"):
+        load("siglip_b16", f"{ARGUMENTS['siglip_b16']},slice=v4:1")
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "siglit"])  # no pixels there

@@ -120,3 +120,16 @@ def test_the_estimate_of_a_full_compilation_and_the_places_of_our_code(tiny, tmp
     assert record["estimate"] > record["seconds_by_flops"] > 0
     assert record["unknown_loops"] == 0
     assert any(o["place"].startswith("siglip/towers/") for o in record["by_cycles"])
+
+
+def test_the_fused_kernel_of_attention_is_counted_by_hand(tiny, tmp_path):
+    sizes = ["width=128", "num_heads=2", "mlp_dim=256"]
+    ran = pods.run(
+        *["-m", "programs.compile_only", "--config", str(tiny), "--topology=v4:2x2x1", "--quick"],
+        *[f"--config.model.{tower}.{size}" for tower in ("img", "txt") for size in sizes],
+        *["--config.input.res=256", "--config.model.dtype=bfloat16"],
+        *["--config.model.attention=fused", f"--json={tmp_path / 'fit.json'}"],
+    )
+    assert "attention fused" in ran.stdout and "counted by hand" in ran.stdout
+    record = json.loads((tmp_path / "fit.json").read_text())
+    assert record["pallas"] > 0 and record["kernel_seconds"] > 0

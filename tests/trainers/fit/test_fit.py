@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from base.errors import UserError
@@ -53,6 +54,20 @@ def test_flops_inside_a_shard_map_are_those_of_all_devices():
     rows = PartitionSpec("data")
     f = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=rows, out_specs=rows)
     assert flops_of(f, jnp.ones((8, 16))) == 4 * 2 * 2 * 2 * 16
+
+
+def test_flops_of_a_kernel_are_those_of_all_its_blocks():
+    def kernel(x, out):
+        out[...] = x[...] @ x[...]
+
+    call = pl.pallas_call(
+        kernel,
+        grid=(5,),
+        in_specs=[pl.BlockSpec((8, 8), lambda i: (i, 0))],
+        out_specs=pl.BlockSpec((8, 8), lambda i: (i, 0)),
+        out_shape=jax.ShapeDtypeStruct((40, 8), jnp.float32),
+    )
+    assert flops_of(call, jnp.ones((40, 8))) == 5 * 2 * 8**3
 
 
 def test_flops_of_a_step_are_three_forward_passes_and_the_loss():
