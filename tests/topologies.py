@@ -3,9 +3,12 @@
 import itertools
 import math
 import os
+import pathlib
+import sys
 from typing import Any
 
 import jax
+import pods
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -22,10 +25,17 @@ def devices_of(name: str) -> list[Any]:
     except UserError as error:
         if " needs " not in str(error):
             raise
+        if "libtpu" in str(error) and os.environ.get(pods.REQUIRED) and in_pods():
+            pytest.fail(f"{error} ({pods.REQUIRED} is set)", pytrace=False)
         pytest.skip(str(error))
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def in_pods() -> bool:
+    """Whether this is the interpreter of `make pods`, which should have libtpu."""
+    return pathlib.Path(sys.prefix).resolve() == pods.PYTHON.parents[1].resolve()
 
 
 def compile_for(f: Any, *args: Any, **options: Any) -> Any:
