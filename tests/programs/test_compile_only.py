@@ -94,7 +94,7 @@ def test_a_program_that_does_not_fit_a_tpu_says_what_takes_the_memory(tiny, tmp_
         code=1,
     )
     assert "fits: NO" in ran.stdout and "GiB too much" in ran.stdout
-    assert "what takes the memory:" in ran.stdout
+    assert "what takes the memory:" in ran.stdout and "with --fit tries settings" in ran.stdout
     record = json.loads((tmp_path / "fit.json").read_text())
     assert record["memory"]["limit"] == int(15.75 * 2**30) < record["memory"]["peak"]
     assert record["memory"]["largest"]

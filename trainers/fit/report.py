@@ -289,6 +289,8 @@ def page(report: Report) -> str:
         for o in operations:
             amount = f"{o.bytes / 1e9:,.1f} GB" if unit == "bytes" else f"{o.cycles / 1e6:,.0f} M"
             lines.append(f"  {amount:>10}  {o.count:>5} x  {o.place or '-'}  {o.what}")
+    if not memory.fits:
+        lines += ["", "the same command with --fit tries settings until one fits"]
     if memory.largest:
         lines += ["", "what takes the memory:"]
         lines += [f"  {size / GiB:>6.2f} GiB  {shape}" for size, shape in memory.largest]
