@@ -121,7 +121,8 @@ def test_with_fsdp_parameters_are_gathered_and_activations_are_not(batch):
     it = make(mesh, ring.make_sigmoid_loss(mesh, exchange="ring"))
     program = it.update.lower(it.state, it.tally, to_device(batch, it.mesh)).compile().as_text()
     gathered = set(re.findall(r"= \(?(\w+\[[\d,]*\])\S* all-gather(?:-start)?\(", program))
-    assert gathered == {"f32[600,32]"}  # the one parameter that is large enough to be split
+    # The one parameter that is large enough to be split; XLA may gather its transpose.
+    assert gathered in ({"f32[600,32]"}, {"f32[32,600]"})
     assert "all-to-all" not in program
 
 
