@@ -96,8 +96,11 @@ def make_update(
             lambda *args: optax.tree.norm(updates_of(*args)[0]),
             *(state.params, state.opt_state, outcome.grads),
         )
+        # Always true, and says to XLA that the norm reads the state before the update is written
+        # over it. Without this order it copies the whole state for the norm.
+        read = ~(update_norm < 0)
         params, opt_state, averaged, carried = jax.lax.cond(
-            finite,
+            finite & read,
             apply,
             keep,
             *(state.params, state.opt_state, state.averaged, state.carried, outcome.grads),

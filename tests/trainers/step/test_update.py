@@ -126,6 +126,14 @@ def test_with_fsdp_parameters_are_gathered_and_activations_are_not(batch):
     assert "all-to-all" not in program
 
 
+def test_the_norm_of_the_update_makes_no_copy_of_the_state(batch):
+    it = make(make_mesh())
+    program = it.update.lower(it.state, it.tally, to_device(batch, it.mesh)).compile().as_text()
+    entry = program[program.index("\nENTRY") :]
+    copied = re.findall(r" = (f32\[\d+,\S*?\])\S* copy\(", entry)
+    assert copied == []  # of parameters and momentum, all that has two dimensions or more
+
+
 def test_frozen_parameters_stay_and_their_tower_has_no_backward_pass(batch):
     it = make(make_mesh(), frozen=lambda name: name.startswith("img/"))
     before = jax.device_get(it.state.params)
