@@ -10,6 +10,7 @@ from base.errors import UserError
 from input_pipeline.order import order_of
 from input_pipeline.transforms.corrupt import Corruption
 from siglip.sharding import check_batch_size
+from siglip.towers.two_towers import TOWERS
 from trainers.config import durations
 
 
@@ -119,3 +120,12 @@ def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
             f"{batch_size} and be a multiple of {mesh.size} devices: one of "
             f"{', '.join(map(str, fitting))}"
         )
+    n = (microbatch or batch_size) // mesh.size
+    for tower in TOWERS:
+        group = config.model[tower].group
+        if 0 < group < n and n % group:
+            fitting = [k for k in range(1, n + 1) if n % k == 0]
+            raise UserError(
+                f"config.model.{tower}.group={group} must divide the {n} examples that a device "
+                f"computes at a time: one of {', '.join(map(str, fitting))}"
+            )

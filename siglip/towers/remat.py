@@ -15,6 +15,7 @@ Where attention keeps no weights, each but 'none' computes them again. The input
 float32 sum, 4 bytes; all else that is kept is a matmul's output.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -41,5 +42,9 @@ def remat_block(block: Any, remat: str, *, scan: bool) -> Any:
     """
     if remat == "none":
         return block
-    policy = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
-    return nn.remat(block, prevent_cse=not scan, policy=policy)
+    return nn.remat(block, prevent_cse=not scan, policy=policy_of(remat))
+
+
+def policy_of(remat: str) -> Callable[..., bool]:
+    """What jax.checkpoint keeps with `remat`, one of REMAT but 'none'."""
+    return jax.checkpoint_policies.save_only_these_names(*KEPT[remat])

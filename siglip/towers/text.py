@@ -35,6 +35,7 @@ class TextTransformer(nn.Module):
     scan: bool
     remat: str
     attention: str
+    group: int
 
     @nn.compact
     def __call__(
@@ -80,7 +81,7 @@ class TextTransformer(nn.Module):
 
         x, captured = Encoder(
             self.depth, self.mlp_dim, self.num_heads, self.dtype, self.scan, self.remat,
-            self.attention, name="Encoder_0",
+            self.attention, self.group, name="Encoder_0",
         )(x, capture=capture)  # fmt: skip
         out: Outputs = {"tokens": x, "mask": None, **captured}
         match self.pool:
@@ -117,6 +118,7 @@ def make_text(
     pool: str = "last",
     out_dim: int | None = None,
     bottleneck: int | None = None,
+    group: int = 0,
 ) -> TextTransformer:
     """A text tower by name.
 
@@ -129,6 +131,7 @@ def make_text(
       out_dim: width of the Dense head; 0 or None has none. make_model fills in the width of the
         image embedding in the place of None.
       bottleneck: K, for a token table of V x K followed by a K x width projection; None has none.
+      group: texts that a block takes at a time, see siglip.towers.groups; 0: all.
 
     Raises:
       ValueError: an invalid value.
@@ -153,4 +156,5 @@ def make_text(
         scan=scan,
         remat=remat,
         attention=attention,
+        group=group,
     )

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from siglip.towers.attention import Mask, attention, dot_product_attention, key_mask
+from siglip.towers.groups import in_groups, takes_groups
 from siglip.towers.remat import HIDDEN, PROJECTED, remat_block
 from siglip.towers.shards import gathering
 
@@ -113,7 +114,8 @@ class MlpBlock(nn.Module):
 class EncoderBlock(nn.Module):
     """A pre-LayerNorm block: x -> (x, output), which `nn.scan` carries on and stacks.
 
-    The output is x with `keep_output`, else None, so that a scan stacks nothing.
+    The output is x with `keep_output`, else None, so that a scan stacks nothing. More than `group`
+    examples go through it in groups, `remat` inside.
     """
 
     mlp_dim: int
@@ -121,17 +123,25 @@ class EncoderBlock(nn.Module):
     dtype: jnp.dtype
     attention: str = "xla"
     keep_output: bool = False
+    group: int = 0
+    remat: str = "none"
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "n l d"], mask: Mask = None
     ) -> tuple[Float[Array, "n l d"], Float[Array, "n l d"] | None]:
+        if takes_groups(len(x), self.group) and not self.is_initializing():
+            x = in_groups(EncoderBlock._residuals, self.group, self.remat)(self, x, mask)
+        else:
+            x = self._residuals(x, mask)
+        return x, x if self.keep_output else None
+
+    def _residuals(self, x: Float[Array, "n l d"], mask: Mask = None) -> Float[Array, "n l d"]:
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
         y = norm()(x)
         attend = attention(self.num_heads, self.dtype, self.attention)
         x = x + checkpoint_name(attend(y, y, mask=key_mask(mask)), PROJECTED)
-        x = x + MlpBlock(self.mlp_dim, self.dtype)(norm()(x))
-        return x, x if self.keep_output else None
+        return x + MlpBlock(self.mlp_dim, self.dtype)(norm()(x))
 
 
 class Encoder(nn.Module):
@@ -140,7 +150,7 @@ class Encoder(nn.Module):
     With `scan`, one traced block runs over parameters with a leading layer axis (`encoderblock`):
     it compiles in the time of one layer. Without, blocks are `encoderblock_0`, `encoderblock_1`...
     `stack_blocks` and `unstack_blocks` turn one tree into the other. `remat` is what the
-    backward pass computes again, see siglip.towers.remat.
+    backward pass computes again, see siglip.towers.remat; `group`, see siglip.towers.groups.
     """
 
     depth: int
@@ -150,6 +160,7 @@ class Encoder(nn.Module):
     scan: bool
     remat: str
     attention: str = "xla"
+    group: int = 0
 
     @nn.compact
     def __call__(
@@ -165,7 +176,8 @@ class Encoder(nn.Module):
         # again, else they are gathered outside of what is recomputed, and kept.
         regather = self.remat == "full"
         block = gathering(EncoderBlock, self.variables) if regather else EncoderBlock
-        block = remat_block(block, self.remat, scan=self.scan)
+        if regather or not takes_groups(len(x), self.group):
+            block = remat_block(block, self.remat, scan=self.scan)
         if not regather:
             block = gathering(block, self.variables)
         sizes: dict[str, Any] = dict(
@@ -174,6 +186,8 @@ class Encoder(nn.Module):
             dtype=self.dtype,
             attention=self.attention,
             keep_output=bool(kept),
+            group=self.group,
+            remat=self.remat,
         )
         if self.scan:
             layers = nn.scan(

@@ -66,6 +66,7 @@ class ViT(nn.Module):
     scan: bool
     remat: str
     attention: str
+    group: int
 
     @nn.compact
     def __call__(
@@ -117,6 +118,7 @@ class ViT(nn.Module):
             self.scan,
             self.remat,
             self.attention,
+            self.group,
             name="Transformer",
         )(x, mask, capture)
         out: Outputs = {"tokens": x, "mask": mask, **captured}
@@ -194,6 +196,7 @@ def make_vit(
     out_dim: int | None = None,
     drop_patches: float = 0.0,
     naflex_grid: int | None = None,
+    group: int = 0,
 ) -> ViT | Precomputed:
     """An image tower by name.
 
@@ -209,6 +212,7 @@ def make_vit(
       drop_patches: share of the patches left out in training, chosen anew for every image.
       naflex_grid: side of the table of positions of a NaFlex tower, 16 in the released ones; None:
         square images.
+      group: images that a block takes at a time, see siglip.towers.groups; 0: all.
 
     Raises:
       ValueError: an invalid value.
@@ -216,8 +220,8 @@ def make_vit(
     if variant == PRECOMPUTED:
         if width is None or width < 1:
             raise ValueError("a precomputed image tower needs width, that of its embeddings")
-        rest = (depth, mlp_dim, num_heads, pool, out_dim, drop_patches, naflex_grid)
-        if rest != (None, None, None, "map", None, 0, None):
+        rest = (depth, mlp_dim, num_heads, pool, out_dim, drop_patches, naflex_grid, group)
+        if rest != (None, None, None, "map", None, 0, None, 0):
             raise ValueError("a precomputed image tower has a width and no other setting")
         return Precomputed(width)
     sizes, patch_size = decode_variant(variant)
@@ -250,4 +254,5 @@ def make_vit(
         scan=scan,
         remat=remat,
         attention=attention,
+        group=group,
     )

@@ -98,6 +98,17 @@ def test_a_microbatch_divides_the_batch_and_the_devices():
             check_batch(load(input__microbatch=microbatch), make_mesh())
 
 
+def test_a_group_divides_what_a_device_computes_at_a_time():
+    for settings in ({"img__group": 4}, {"txt__group": 99}, {"img__group": 0}):
+        check_batch(load(**{f"model__{k}": v for k, v in settings.items()}), make_mesh())
+    with pytest.raises(
+        UserError, match=r"config.model.img.group=3 must divide the 8 .* 1, 2, 4, 8"
+    ):
+        check_batch(load(model__img__group=3), make_mesh())
+    with pytest.raises(UserError, match=r"txt.group=3 must divide the 4 .* one of 1, 2, 4$"):
+        check_batch(load(model__txt__group=3, input__microbatch=32), make_mesh())
+
+
 def test_the_loss_tells_its_settings_and_the_exchange_it_chose():
     def describe(**settings):
         made = setup.make_setup(load(**settings))

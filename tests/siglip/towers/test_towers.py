@@ -11,6 +11,7 @@ from siglip.leaf_names import leaves
 from siglip.towers import transformer
 from siglip.towers.remat import REMAT
 from siglip.towers.two_towers import make_model
+from trainers.fit.flops import matmul_flops
 
 TINY = dict(width=32, depth=3, mlp_dim=64, num_heads=4)
 
@@ -169,7 +170,8 @@ def test_bfloat16_neither_rounds_the_residuals_nor_sums_the_table_gradient():
 
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("remat", REMAT)
-def test_scan_and_remat_leave_embeddings_and_gradients_as_they_are(scan, remat):
+@pytest.mark.parametrize("group", [0, 2])
+def test_scan_remat_and_groups_leave_embeddings_and_gradients_as_they_are(scan, remat, group):
     params = init(tiny_model())
 
     def to_layout(params, change):
@@ -188,10 +190,10 @@ def test_scan_and_remat_leave_embeddings_and_gradients_as_they_are(scan, remat):
 
     want, want_grads = values_and_grads(tiny_model(), params)
     mine = to_layout(params, transformer.stack_blocks) if scan else params
-    got, grads = values_and_grads(tiny_model(scan=scan, remat=remat), mine)
-    fresh = jax.eval_shape(tiny_model(scan=scan, remat=remat).init, jax.random.key(0), *batch())[
-        "params"
-    ]
+    sizes = {"group": group}
+    model = tiny_model(sizes, sizes, scan=scan, remat=remat)
+    got, grads = values_and_grads(model, mine)
+    fresh = jax.eval_shape(model.init, jax.random.key(0), *batch())["params"]
     assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, mine)
     if scan:
         grads = to_layout(grads, transformer.unstack_blocks)
@@ -199,6 +201,29 @@ def test_scan_and_remat_leave_embeddings_and_gradients_as_they_are(scan, remat):
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), grads, want_grads
     )
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_groups_compute_what_the_whole_computes_and_no_more(remat):
+    def flops(group):
+        model = tiny_model({"group": group}, {"group": group}, remat=remat)
+        f = jax.grad(lambda params: model.apply({"params": params}, *batch())[0].sum())
+        return matmul_flops(jax.make_jaxpr(f)(init(tiny_model())).jaxpr)
+
+    assert flops(2) == flops(0)
+    assert flops(3) == flops(0)  # 3 does not divide 4 examples, which go through at once
+
+
+def test_with_groups_a_block_needs_the_memory_of_one():
+    x = jnp.zeros((32, 16, 32))
+
+    def temp(group):
+        encoder = transformer.Encoder(2, 128, 2, jnp.dtype("float32"), False, "full", "xla", group)
+        params = encoder.init(jax.random.key(0), x)
+        f = jax.jit(jax.grad(lambda params: encoder.apply(params, x)[0].sum()))
+        return f.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert temp(4) < 0.5 * temp(0)
 
 
 def test_remat_lowers_memory():

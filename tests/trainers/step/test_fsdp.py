@@ -94,6 +94,8 @@ CASES = {
     "scan, full": dict(fsdp=4, scan=True, remat="full", frozen=("txt", "t")),
     "scan, mlp, microbatches": dict(fsdp=4, scan=True, remat="mlp", microbatch=8),
     "frozen, microbatches": dict(fsdp=4, frozen=("img",), microbatch=8, loss="softmax"),
+    "groups": dict(fsdp=2, remat="full", img={"group": 1}, txt={"group": 1}),
+    "groups, scan, mlp": dict(fsdp=4, scan=True, remat="mlp", img={"group": 1}),
     "naflex": dict(fsdp=4, scan=True, img={"naflex_grid": 4}, txt={"pool": "map"}),
     "whole parameters, microbatches": dict(fsdp=1, microbatch=8, txt={"bottleneck": 32}),
 }
