@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from configs import _slice, siglip_b16
 
 SLICES: dict[str, dict] = {
-    "v6e:16x16": {"model.remat": "mlp"},
+    "v6e:16x16": {"model.remat": "mlp", "model.scan": True},
     "h200:1x1x1": {"model.remat": "mlp", "input.microbatch": 1024},
     "h200:1x1x8": {"model.remat": "mlp", "input.microbatch": 8192},
 }

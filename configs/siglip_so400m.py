@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from configs import _slice, siglip_b16
 
 SLICES: dict[str, dict] = {
-    "v5e:16x16": {"model.remat": "full", "mesh.fsdp": 16},
-    "v4:4x4x4": {"model.remat": "full", "mesh.fsdp": 4},
+    "v5e:16x16": {"model.remat": "full", "model.scan": True, "mesh.fsdp": 16},
+    "v4:4x4x4": {"model.remat": "full", "model.scan": True, "mesh.fsdp": 4},
 }
 
 

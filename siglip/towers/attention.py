@@ -67,21 +67,24 @@ def has_cudnn(device: Any) -> bool:
     return True
 
 
-def attention(num_heads: int, dtype: Any, implementation: str, attention_fn=None) -> nn.Module:
+def attention(
+    num_heads: int, dtype: Any, implementation: str, attention_fn=None, *, packs: bool = True
+) -> nn.Module:
     """Multi-head attention with the parameters query, key, value [W, H, W/H] and out.
 
     Args:
       implementation: one of IMPLEMENTATIONS, which takes what it can; the rest is left to XLA.
+      packs: whether 'tpu' may take heads in packs, which spares copies but not matmuls.
       attention_fn: in the place of dot_product_attention with that implementation.
     """
 
     def attend(query, key, value, mask=None, **unused):
         # There is no dropout, and only NaFlex patches have a mask: padding of texts is attended to.
         del unused
-        return dot_product_attention(implementation, query, key, value, mask)
+        return dot_product_attention(implementation, query, key, value, mask, packs=packs)
 
-    packs = implementation == "tpu" and attention_fn is None
-    return (_Packing if packs else nn.MultiHeadDotProductAttention)(
+    packing = packs and implementation == "tpu" and attention_fn is None
+    return (_Packing if packing else nn.MultiHeadDotProductAttention)(
         num_heads=num_heads,
         dtype=dtype,
         kernel_init=nn.initializers.xavier_uniform(),
@@ -105,6 +108,8 @@ def dot_product_attention(
     key: Float[Array, "n m h d"],
     value: Float[Array, "n m h d"],
     mask: KeyMask = None,
+    *,
+    packs: bool = True,
 ) -> Float[Array, "n l h d"]:
     """softmax(query key^T / sqrt(d)) value over the keys of the mask."""
     kernel = implementation == "fused" and in_shard_map() and fits_fused(query, key)
@@ -113,7 +118,7 @@ def dot_product_attention(
         and not kernel
         and fits_tpu(query.shape, key.shape, query.dtype)
     ):
-        return _tpu_attention(query, key, value, mask)
+        return _tpu_attention(query, key, value, mask, packs)
     query, key, value = _named(query, key, value)
     if kernel:
         from siglip.towers.fused_attention import fused_attention
@@ -215,9 +220,9 @@ def _heads_in_pack(heads: int, dim: int) -> int:
     return 2 if 2 * dim == LANES and heads % 2 == 0 else 1
 
 
-def _tpu_attention(query, key, value, mask):
+def _tpu_attention(query, key, value, mask, packs=True):
     n, length, heads, dim = query.shape
-    pack = _heads_in_pack(heads, dim)
+    pack = _heads_in_pack(heads, dim) if packs else 1
     packed = (x.reshape(n, length, heads // pack, pack * dim) for x in (query, key, value))
     out: Any = _packed_attention(pack, *packed, mask)
     return out.reshape(query.shape)

@@ -93,10 +93,14 @@ def block_index(name: str, depth: int) -> int:
 
 
 class MlpBlock(nn.Module):
-    """Dense, GELU, Dense: width -> mlp_dim -> width."""
+    """Dense, GELU, Dense: width -> mlp_dim -> width.
+
+    XLA computes GELU anew for every tile of the second matmul, except with `gelu_once`.
+    """
 
     mlp_dim: int
     dtype: jnp.dtype
+    gelu_once: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
@@ -108,7 +112,8 @@ class MlpBlock(nn.Module):
         )
         width = x.shape[-1]
         x = checkpoint_name(dense(self.mlp_dim)(x), HIDDEN)
-        return dense(width)(nn.gelu(x, approximate=True))  # tanh, as in the released models
+        x = nn.gelu(x, approximate=True)  # tanh, as in the released models
+        return dense(width)(jax.lax.optimization_barrier(x) if self.gelu_once else x)
 
 
 class EncoderBlock(nn.Module):
@@ -138,10 +143,11 @@ class EncoderBlock(nn.Module):
 
     def _residuals(self, x: Float[Array, "n l d"], mask: Mask = None) -> Float[Array, "n l d"]:
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
+        on_chip = len(x) == self.group  # what is computed: copies are cheap, twice the work is not
         y = norm()(x)
-        attend = attention(self.num_heads, self.dtype, self.attention)
+        attend = attention(self.num_heads, self.dtype, self.attention, packs=not on_chip)
         x = x + checkpoint_name(attend(y, y, mask=key_mask(mask)), PROJECTED)
-        return x + MlpBlock(self.mlp_dim, self.dtype)(norm()(x))
+        return x + MlpBlock(self.mlp_dim, self.dtype, gelu_once=on_chip)(norm()(x))
 
 
 class Encoder(nn.Module):

@@ -88,8 +88,8 @@ def test_only_long_self_attention_in_bfloat16_is_arranged_for_tpus(monkeypatch):
     assert arranged == [q.shape]
 
 
-def block(implementation: str) -> EncoderBlock:
-    return EncoderBlock(256, 4, jnp.dtype("bfloat16"), implementation)
+def block(implementation: str, group: int = 0) -> EncoderBlock:
+    return EncoderBlock(256, 4, jnp.dtype("bfloat16"), implementation, group=group)
 
 
 def tokens_and_parameters():
@@ -109,7 +109,8 @@ def test_a_block_for_tpus_has_the_parameters_of_the_others():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_block_for_tpus_yields_what_the_others_do_with_all_gradients(masked):
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_block_for_tpus_yields_what_the_others_do_with_all_gradients(masked, group):
     x, params = tokens_and_parameters()
     mask = jnp.arange(130)[None] < jnp.array([[130], [99]]) if masked else None
 
@@ -122,7 +123,7 @@ def test_a_block_for_tpus_yields_what_the_others_do_with_all_gradients(masked):
 
     exact = EncoderBlock(256, 4, jnp.dtype("float32"), "xla")
     want = gradients(exact, params)
-    plain, tpu = (gradients(block(name), params) for name in ("xla", "tpu"))
+    plain, tpu = (gradients(block(name, group), params) for name in ("xla", "tpu"))
 
     def compare(path, a, b, c):
         scale = float(jnp.abs(a).max())
@@ -137,12 +138,25 @@ def test_projections_for_tpus_yield_packs_of_heads():
     """An array of single heads between a projection and attention would be copied."""
     x, params = tokens_and_parameters()
 
-    def shapes(implementation):
-        f = lambda p: block(implementation).apply({"params": p}, x)[0].sum()  # noqa: E731
-        return set(re.findall(r"\[2,130,[\d,]*\]", str(jax.make_jaxpr(jax.grad(f))(params))))
+    def shapes(implementation, group=0):
+        f = lambda p: block(implementation, group).apply({"params": p}, x)[0].sum()  # noqa: E731
+        program = str(jax.make_jaxpr(jax.grad(f))(params))
+        return {f"[2,130,{sizes}]" for sizes in re.findall(r"\[[12],130,([\d,]*)\]", program)}
 
     assert "[2,130,4,64]" in shapes("xla") and "[2,130,2,128]" not in shapes("xla")
     assert "[2,130,4,64]" not in shapes("tpu") and "[2,130,2,128]" in shapes("tpu")
+    on_chip = shapes("tpu", group=1)  # where copies are cheap
+    assert "[2,130,4,64]" in on_chip and "[2,130,2,128]" not in on_chip
+
+
+def test_gelu_is_computed_once_for_a_group_that_stays_on_the_chip():
+    x, params = tokens_and_parameters()
+
+    def barriers(group):
+        f = lambda p: block("xla", group).apply({"params": p}, x)[0]  # noqa: E731
+        return str(jax.make_jaxpr(f)(params)).count("optimization_barrier")
+
+    assert (barriers(0), barriers(1), barriers(2)) == (0, 1, 1)
 
 
 def large_arrays(program: str) -> set[str]:
