@@ -8,8 +8,7 @@ those of attention's weights, where attention keeps them (siglip.towers.attentio
     none                  none; XLA keeps some of what is elementwise too, under scan all of it
     elementwise   22 + w  none
     mlp           12 + w  attention's output (3 %) and the first of the MLP (11 %)
-    hidden        12      attention with all of its matmuls (12 %)
-    dense          6 + w  those of mlp, and query, key and value (8 %)
+    dense          6 + w  those, and query, key and value (8 %)
     full           4      those, and attention (1 %, which takes as long as all of the others)
 
 Where attention keeps no weights, each but 'none' computes them again. The input of a block is a
@@ -23,7 +22,7 @@ import flax.linen as nn
 import jax
 
 # From that which computes least again to that which keeps least.
-REMAT = ("none", "elementwise", "mlp", "hidden", "dense", "full")
+REMAT = ("none", "elementwise", "mlp", "dense", "full")
 
 # Names that blocks give to outputs of matmuls.
 QUERY, KEY, VALUE, WEIGHTS, ATTENDED = "query", "key", "value", "weights", "attended"
@@ -32,13 +31,7 @@ HIDDEN = "hidden"  # of the MLP's first
 
 DENSE = (WEIGHTS, ATTENDED)
 MLP = (QUERY, KEY, VALUE, *DENSE)
-KEPT = {
-    "elementwise": (*MLP, PROJECTED, HIDDEN),
-    "mlp": MLP,
-    "hidden": (HIDDEN,),
-    "dense": DENSE,
-    "full": (),
-}
+KEPT = {"elementwise": (*MLP, PROJECTED, HIDDEN), "mlp": MLP, "dense": DENSE, "full": ()}
 
 
 def remat_block(block: Any, remat: str, *, scan: bool) -> Any:

@@ -136,8 +136,8 @@ def make_model(
       scan: one traced block for all layers, which compiles in the time of one; the parameter tree
         has a leading layer axis then (transformer.Encoder).
       remat: what the backward pass computes again to save memory: 'none', 'elementwise' (all but
-        matmuls), 'mlp' (also the MLP's hidden layer), 'hidden' (all but that layer), 'dense' (all
-        but attention), 'full'; see siglip.towers.remat.
+        matmuls), 'mlp' (also the MLP's hidden layer), 'dense' (all but attention), 'full'; see
+        siglip.towers.remat.
       attention: 'auto' is cuDNN's kernel on NVIDIA GPUs from Ampere on, for what it takes, and
         XLA elsewhere; 'xla' is XLA everywhere; 'fused' is cuDNN's kernel or, in the training step
         on TPUs, one of our own.
