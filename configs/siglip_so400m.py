@@ -13,7 +13,12 @@ from configs import _slice, siglip_b16
 
 SLICES: dict[str, dict] = {
     "v5e:16x16": {"model.remat": "full", "model.scan": True, "mesh.fsdp": 16},
-    "v4:4x4x4": {"model.remat": "full", "model.scan": True, "mesh.fsdp": 4},
+    "v4:4x4x4": {
+        "model.remat": "full",
+        "model.scan": True,
+        "model.img.group": 16,
+        "mesh.fsdp": 4,
+    },
 }
 
 

@@ -169,8 +169,9 @@ def test_bfloat16_neither_rounds_the_residuals_nor_sums_the_table_gradient():
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("remat", REMAT)
-@pytest.mark.parametrize("group", [0, 2])
+@pytest.mark.parametrize(
+    "group, remat", [(0, remat) for remat in REMAT] + [(2, "none"), (2, "mlp"), (2, "full")]
+)
 def test_scan_remat_and_groups_leave_embeddings_and_gradients_as_they_are(scan, remat, group):
     params = init(tiny_model())
 
@@ -203,7 +204,7 @@ def test_scan_remat_and_groups_leave_embeddings_and_gradients_as_they_are(scan, 
     )
 
 
-@pytest.mark.parametrize("remat", REMAT)
+@pytest.mark.parametrize("remat", ["none", "dense", "full"])
 def test_groups_compute_what_the_whole_computes_and_no_more(remat):
     def flops(group):
         model = tiny_model({"group": group}, {"group": group}, remat=remat)
