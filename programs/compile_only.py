@@ -60,7 +60,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--config", metavar="path.py", help="config file")
     add("--topology", metavar="KIND:LAYOUT", help="the machine; default the config's slice=...")
-    add("--quick", action="store_true", help="seconds, not minutes; no estimate of time (TPUs)")
+    add("--quick", action="store_true", help="minutes less, but no estimate of time (TPUs)")
     add("--fit", action="store_true", help="try settings until one fits, each the quick way")
     add("--json", metavar="file", help="write all numbers there too")
     add("--hlo", metavar="file", help="write the compiled program there, as text")
@@ -77,6 +77,10 @@ def _main(argv: list[str]) -> int:
     name = flags.topology or slice_of(flags.config)
     if not name:
         raise UserError(f"pass --topology, such as {', '.join(topology.EXAMPLES)}; see --help")
+    for flag, file in (("json", flags.json), ("hlo", flags.hlo)):
+        folder = pathlib.Path(file or ".").absolute().parent
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"--{flag}={file}: {folder} is not a folder to write to")
     # Before jax is imported.
     topology.prepare(os.environ)
     from trainers.fit import compiled, trial

@@ -105,3 +105,12 @@ def to_device(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """
     rows = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
+
+
+def in_shard_map() -> bool:
+    """Whether arrays are one device's own, as the training step's are.
+
+    Elsewhere, as in evaluators, an array stands for those of all devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)

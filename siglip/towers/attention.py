@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float
 
+from siglip.sharding import in_shard_map
 from siglip.towers.remat import ATTENDED, KEY, QUERY, VALUE, WEIGHTS
 
 OPTIONS = ("auto", "xla", "fused")  # of make_model
@@ -144,15 +145,6 @@ def fits_cudnn(query: Float[Array, "n l h d"], key: Float[Array, "n m h d"]) -> 
     lengths, head_dim = (query.shape[1], key.shape[1]), query.shape[3]
     sizes = all(n % 2 == 0 for n in lengths) and head_dim % 8 == 0 and head_dim <= 128
     return sizes and query.dtype == jnp.bfloat16
-
-
-def in_shard_map() -> bool:
-    """Whether arrays are one device's own: the kernel for TPUs works on nothing else.
-
-    The training step's are. Elsewhere, as in evaluators, XLA computes attention.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 def fits_fused(query: Float[Array, "n l h d"], key: Float[Array, "n m h d"]) -> bool:

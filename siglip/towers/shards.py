@@ -110,12 +110,21 @@ def gather_outside_blocks(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=_is_shard)
 
 
-def gathering(block: Any, variables: PyTree) -> Any:
+def gathering(block: Any, variables: PyTree, *, in_float32: bool = False) -> Any:
     """The class of a module which gathers its parameters; `block` itself if `variables`, those of
-    its parent, have no Shard."""
+    its parent, have no Shard.
+
+    Args:
+      in_float32: what is gathered becomes float32 after it was sent.
+    """
     if not any(map(_is_shard, jax.tree.leaves(variables, is_leaf=_is_shard))):
         return block
-    return nn.map_variables(block, "params", trans_in_fn=gather)
+
+    def whole(params: PyTree) -> PyTree:
+        params = gather(params)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), params) if in_float32 else params
+
+    return nn.map_variables(block, "params", trans_in_fn=whole)
 
 
 class Known:

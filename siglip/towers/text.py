@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from siglip.towers.groups import check_group
 from siglip.towers.transformer import (
     Encoder,
     MAPHead,
@@ -131,7 +132,8 @@ def make_text(
       out_dim: width of the Dense head; 0 or None has none. make_model fills in the width of the
         image embedding in the place of None.
       bottleneck: K, for a token table of V x K followed by a K x width projection; None has none.
-      group: texts that a block takes at a time, see siglip.towers.groups; 0: all.
+      group: texts that a block takes at a time in training, a divisor of those of a device; for
+        TPU v4, see siglip.towers.groups; 0: all.
 
     Raises:
       ValueError: an invalid value.
@@ -146,6 +148,7 @@ def make_text(
     replaced = dict(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads)
     sizes |= {k: v for k, v in replaced.items() if v is not None}
     check_sizes("text", sizes)
+    check_group("text", group)
     return TextTransformer(
         vocab_size,
         **sizes,

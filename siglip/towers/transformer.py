@@ -135,19 +135,24 @@ class EncoderBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "n l d"], mask: Mask = None
     ) -> tuple[Float[Array, "n l d"], Float[Array, "n l d"] | None]:
-        if takes_groups(len(x), self.group) and not self.is_initializing():
-            x = in_groups(EncoderBlock._residuals, self.group, self.remat)(self, x, mask)
+        if takes_groups(x, self.group):
+            x = in_groups(EncoderBlock._residuals_of_group, self.group, self.remat)(self, x, mask)
         else:
             x = self._residuals(x, mask)
         return x, x if self.keep_output else None
 
-    def _residuals(self, x: Float[Array, "n l d"], mask: Mask = None) -> Float[Array, "n l d"]:
+    def _residuals_of_group(self, x: Float[Array, "n l d"], mask: Mask) -> Float[Array, "n l d"]:
+        return self._residuals(x, mask, in_group=True)
+
+    def _residuals(
+        self, x: Float[Array, "n l d"], mask: Mask, in_group: bool = False
+    ) -> Float[Array, "n l d"]:
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
-        on_chip = len(x) == self.group  # what is computed: copies are cheap, twice the work is not
         y = norm()(x)
-        attend = attention(self.num_heads, self.dtype, self.attention, packs=not on_chip)
+        # What a group computes stays on the chip, where copies are cheap and more work is not.
+        attend = attention(self.num_heads, self.dtype, self.attention, packs=not in_group)
         x = x + checkpoint_name(attend(y, y, mask=key_mask(mask)), PROJECTED)
-        return x + MlpBlock(self.mlp_dim, self.dtype, gelu_once=on_chip)(norm()(x))
+        return x + MlpBlock(self.mlp_dim, self.dtype, gelu_once=in_group)(norm()(x))
 
 
 class Encoder(nn.Module):
@@ -180,12 +185,14 @@ class Encoder(nn.Module):
         kept = {name: block_index(name, self.depth) for name in capture if name != ATTENTION}
         # In the training step parameters may be shards: 'full' gathers them for the backward pass
         # again, else they are gathered outside of what is recomputed, and kept.
-        regather = self.remat == "full"
-        block = gathering(EncoderBlock, self.variables) if regather else EncoderBlock
-        if regather or not takes_groups(len(x), self.group):
+        regather, grouped = self.remat == "full", takes_groups(x, self.group)
+        # Gradients of groups are added up in the type of what is gathered outside of their loop.
+        gather = functools.partial(gathering, variables=self.variables, in_float32=grouped)
+        block = gather(EncoderBlock) if regather else EncoderBlock
+        if regather or not grouped:
             block = remat_block(block, self.remat, scan=self.scan)
         if not regather:
-            block = gathering(block, self.variables)
+            block = gather(block)
         sizes: dict[str, Any] = dict(
             mlp_dim=self.mlp_dim,
             num_heads=self.num_heads,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from siglip.towers.groups import check_group
 from siglip.towers.positions import at_patches
 from siglip.towers.precomputed import Precomputed
 from siglip.towers.transformer import (
@@ -212,7 +213,8 @@ def make_vit(
       drop_patches: share of the patches left out in training, chosen anew for every image.
       naflex_grid: side of the table of positions of a NaFlex tower, 16 in the released ones; None:
         square images.
-      group: images that a block takes at a time, see siglip.towers.groups; 0: all.
+      group: images that a block takes at a time in training, a divisor of those of a device; for
+        TPU v4, see siglip.towers.groups; 0: all.
 
     Raises:
       ValueError: an invalid value.
@@ -243,6 +245,7 @@ def make_vit(
     replaced = dict(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads)
     sizes |= {k: v for k, v in replaced.items() if v is not None}
     check_sizes("image", sizes)
+    check_group("image", group)
     return ViT(
         patch_size,
         **sizes,

@@ -49,6 +49,7 @@ def test_a_step_on_emulated_devices_without_data_or_tokenizer(tiny, tmp_path, co
     assert compile_only(*flags, f"--json={file}") == 0
     out, err = capfd.readouterr()
     assert "fits: yes" in out and "8 x cpu, mesh data=4, fsdp=2; 4 pairs" in out
+    assert "attention xla, remat none, layers unrolled" in out
     assert "32,000 ids" in err
     record = json.loads(file.read_text())
     assert record["memory"]["peak"] > 0 and record["model_flops"] > 0
@@ -68,6 +69,12 @@ def test_a_step_on_emulated_devices_without_data_or_tokenizer(tiny, tmp_path, co
         (["--topology=cpu:8", "--config.mesh.fsdp=3"], "does not fit 8 devices"),
         (["--topology=cpu:8", "--config.input.batch_size=31"], "does not divide over 8 devices"),
         ([], "pass --topology, such as"),
+        (
+            ["--topology=cpu:8", "--json=/no/where.json"],
+            "--json=/no/where.json: /no is not a folder",
+        ),
+        (["--topology=cpu:8", "--config.model.img.group=3"], "group=3 must divide the 4 examples"),
+        (["--topology=cpu:8", "--config.model.txt.group=-1"], "must be 0 (all) or more, not -1"),
         (["--topology=cpu:8", "--spam"], "unexpected argument '--spam'"),
         (["--topology=cpu:8", "--config.model.img.spam=1"], "unknown key"),
     ],

@@ -71,6 +71,7 @@ class Report:
       pallas: runs of kernels that the estimate leaves out; kernel_seconds: a lower bound of their
         time, counted by hand.
       attention: the implementation, see siglip.towers.attention.
+      activations: the settings that decide what of them is in memory.
       equations: of the traced step. host_memory: bytes that compiling it took here, at most.
     """
 
@@ -93,6 +94,7 @@ class Report:
     pallas: int = 0
     kernel_seconds: float = 0.0
     attention: str = ""
+    activations: str = ""
     unknown_loops: int = 0
     collectives: tuple[Collective, ...] = ()
     by_bytes: tuple[Operation, ...] = ()
@@ -243,7 +245,8 @@ def page(report: Report) -> str:
     lines = [
         f"{report.config} {settings}".rstrip(),
         f"  on {report.topology}: {report.devices} x {report.device_kind}, mesh {mesh}; "
-        f"{report.pairs:,} pairs a device; attention {report.attention}",
+        f"{report.pairs:,} pairs a device",
+        f"  attention {report.attention}, {report.activations}",
         f"  fits: {'yes' if memory.fits else 'NO'}, {memory}"
         + ("" if memory.fits else _excess(memory)),
     ]

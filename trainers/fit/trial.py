@@ -14,6 +14,7 @@ from siglip.chips import find_chip
 from siglip.towers.fused_attention import work
 from siglip.towers.precomputed import Precomputed
 from siglip.towers.remat import REMAT
+from siglip.towers.two_towers import TOWERS
 from trainers.assemble import Step, abstract_batch, make_step
 from trainers.config import durations
 from trainers.fit import config as configs
@@ -85,11 +86,21 @@ def try_settings(
         run_flops=run_flops // len(devices),
         compile_seconds=round(time.monotonic() - begin, 1),
         attention=setup.model.txt.attention,
+        activations=_activations(config),
         kernel_seconds=kernel_seconds(setup, config.input.batch_size // len(devices)),
         equations=size,
         host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
     return report, text
+
+
+def _activations(config: Any) -> str:
+    model = config.model
+    settings = [f"remat {model.remat}", "layers scanned" if model.scan else "layers unrolled"]
+    settings += [f"{t}.group {model[t].group}" for t in TOWERS if model[t].group]
+    if config.input.microbatch:
+        settings.append(f"microbatch {config.input.microbatch:,}")
+    return ", ".join(settings)
 
 
 def check_host_memory(equations: int, platform: str, *, scan: bool) -> None:

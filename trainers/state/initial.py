@@ -119,7 +119,8 @@ def spec_of(setup: Setup) -> spec.Spec:
     """The content of siglip.json of a run."""
     config, preprocess = setup.config, setup.preprocess
     img, txt = (_without_unset(config.model[tower]) for tower in TOWERS)
-    img.pop("drop_patches", None)  # concerns training only
+    for block, key in ((img, "drop_patches"), (img, "group"), (txt, "group")):
+        block.pop(key, None)  # concerns training only
     txt["vocab_size"], txt["out_dim"] = setup.model.txt.vocab_size, setup.model.txt.out_dim or 0
     squares = img["variant"] != "precomputed" and not img.get("naflex_grid")
     # The empty text consists of these two ids, whatever the steps are.

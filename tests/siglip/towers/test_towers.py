@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_device import equations, on_a_device
 
 from siglip.leaf_names import leaves
 from siglip.towers import transformer
@@ -114,14 +115,6 @@ def test_embeddings_are_float32_unit_vectors_and_t_is_the_exponential_of_its_par
         assert out["b"] == -10
 
 
-def equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            if inner := getattr(value, "jaxpr", None):
-                yield from equations(inner)
-
-
 def test_bfloat16_is_used_by_both_towers_and_the_head_and_stays_near_float32():
     params = init(tiny_model())
 
@@ -186,7 +179,7 @@ def test_scan_remat_and_groups_leave_embeddings_and_gradients_as_they_are(scan, 
             zimg, ztxt, _ = model.apply({"params": params}, *batch())
             return jnp.sum(zimg * jnp.roll(ztxt, 1)), (zimg, ztxt)
 
-        (_, out), grads = jax.jit(jax.value_and_grad(f, has_aux=True))(params)
+        (_, out), grads = on_a_device(jax.value_and_grad(f, has_aux=True))(params)
         return out, grads
 
     want, want_grads = values_and_grads(tiny_model(), params)
@@ -204,15 +197,39 @@ def test_scan_remat_and_groups_leave_embeddings_and_gradients_as_they_are(scan, 
     )
 
 
+def loops(f, *args):
+    """How often each loop of a function runs."""
+    scans = [
+        eqn.params["length"]
+        for eqn in equations(jax.make_jaxpr(f)(*args).jaxpr)
+        if eqn.primitive.name == "scan"
+    ]
+    return set(scans)
+
+
 @pytest.mark.parametrize("remat", ["none", "dense", "full"])
 def test_groups_compute_what_the_whole_computes_and_no_more(remat):
-    def flops(group):
-        model = tiny_model({"group": group}, {"group": group}, remat=remat)
-        f = jax.grad(lambda params: model.apply({"params": params}, *batch())[0].sum())
-        return matmul_flops(jax.make_jaxpr(f)(init(tiny_model())).jaxpr)
+    params = init(tiny_model())
 
-    assert flops(2) == flops(0)
-    assert flops(3) == flops(0)  # 3 does not divide 4 examples, which go through at once
+    def gradient(group):
+        model = tiny_model({"group": group}, {"group": group}, remat=remat)
+        return on_a_device(
+            jax.grad(lambda params: model.apply({"params": params}, *batch())[0].sum())
+        )
+
+    def flops(group):
+        return matmul_flops(jax.make_jaxpr(gradient(group))(params).jaxpr)
+
+    assert loops(gradient(2), params) == {2} and loops(gradient(1), params) == {4}
+    assert flops(2) == flops(1) == flops(0)
+    assert not loops(gradient(0), params) and not loops(gradient(4), params)
+    assert not loops(gradient(3), params)  # which does not divide 4 examples
+
+
+def test_outside_of_the_training_step_all_examples_go_through_at_once():
+    """A loop over groups of a batch that is split over devices has each compute all of it."""
+    model = tiny_model({"group": 1}, {"group": 1})
+    assert not loops(lambda p: model.apply({"params": p}, *batch())[:2], init(tiny_model()))
 
 
 def test_with_groups_a_block_needs_the_memory_of_one():
@@ -221,7 +238,7 @@ def test_with_groups_a_block_needs_the_memory_of_one():
     def temp(group):
         encoder = transformer.Encoder(2, 128, 2, jnp.dtype("float32"), False, "full", "xla", group)
         params = encoder.init(jax.random.key(0), x)
-        f = jax.jit(jax.grad(lambda params: encoder.apply(params, x)[0].sum()))
+        f = on_a_device(jax.grad(lambda params: encoder.apply(params, x)[0].sum()))
         return f.lower(params).compile().memory_analysis().temp_size_in_bytes
 
     assert temp(4) < 0.5 * temp(0)
@@ -352,6 +369,8 @@ def test_a_model_without_bias_has_no_such_parameter():
         (dict(txt=dict(out_dim=0, width=16)), "embedding widths differ: image 32, text 16"),
         (dict(img=dict(drop_patches=1.0)), "drop_patches must be in"),
         (dict(dtype="float16"), "dtype 'float16' is none of float32, bfloat16"),
+        (dict(img={"group": -1}), "group of the image tower must be 0 .all. or more, not -1"),
+        (dict(txt={"group": -1}), "group of the text tower must be"),
         (dict(remat="all"), "remat 'all' is none of none, elementwise, mlp, dense, full"),
         (dict(t_init=0), "must be positive"),
     ],

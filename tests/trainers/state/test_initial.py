@@ -34,6 +34,7 @@ def runs(tiny):
     for scan in (False, True):
         made[scan] = tiny.folder / f"scan-{scan}"
         short = {"total": "2 steps", "checkpoint__every": "2 steps", "model__scan": scan}
+        short |= {f"model__{tower}__group": int(scan) for tower in ("img", "txt")}
         tiny.train(made[scan], evals="", **short)
     return made
 
@@ -66,7 +67,9 @@ def assert_equal(one, other):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_run_loads_as_a_model_and_embeds_as_its_evaluators_do(scan, tiny, runs):
-    assert json.loads((runs[scan] / "siglip.json").read_text())["version"] == 1
+    contract = json.loads((runs[scan] / "siglip.json").read_text())
+    assert contract["version"] == 1
+    assert "group" not in contract["img"] and "group" not in contract["txt"]  # of training alone
     setup, params = start(tiny, runs[scan], model__scan=scan)
     model = library.load(runs[scan])
     rng = np.random.default_rng(0)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fsdp_traffic import sizes, traffic
+from one_device import equations
 
 from siglip import sharding
 from siglip.losses import LOSSES, definitions
@@ -59,8 +60,8 @@ def init(model, batch):
     return jax.jit(model.init)(jax.random.key(0), images_of(some), some["text"])["params"]
 
 
-def compiled(model, terms, mesh, params, batch, *, microbatch=0, frozen=()):
-    """(params, batch) -> (loss, gradients), lowered for the mesh, and its arguments."""
+def gradients(model, terms, mesh, params, microbatch=0, frozen=()):
+    """(params, batch) -> (loss, gradients)."""
     is_frozen = {k: jax.tree.map(lambda _, k=k: k in frozen, v) for k, v in params.items()}
     step = Objectives(model, terms, is_frozen, mesh, microbatch)
 
@@ -69,6 +70,12 @@ def compiled(model, terms, mesh, params, batch, *, microbatch=0, frozen=()):
         got = step(state, batch, {"mask": batch["mask"]}, jax.random.key(5))
         return got.loss, got.grads
 
+    return of
+
+
+def compiled(model, terms, mesh, params, batch, *, microbatch=0, frozen=()):
+    """`gradients`, lowered for the mesh, and its arguments."""
+    of = gradients(model, terms, mesh, params, microbatch, frozen)
     place = params_sharding(params, mesh)
     args = jax.device_put(params, place), to_device(batch, mesh)
     return jax.jit(of, out_shardings=(None, place)).lower(*args), args
@@ -125,6 +132,27 @@ def test_loss_and_gradients_are_those_of_one_device(case):
 
     want = jax.jit(jax.value_and_grad(directly))(params)
     assert_equal(lowered.compile()(*args), want, run.get("frozen", ()))
+
+
+@pytest.mark.parametrize("remat", ["full", "mlp"])
+def test_gradients_of_groups_are_added_up_in_float32(remat):
+    group = {"group": 1}
+    model = make(dtype="bfloat16", remat=remat, img=group, txt=group)
+    batch, mesh = make_batch(), make_mesh(fsdp=2)
+    params = init(model, batch)
+    terms = {"contrastive": make_contrastive(model, mesh, LOSSES["sigmoid"](mesh))}
+    kernels = {x.shape for x in jax.tree.leaves(params["img"]["Transformer"]) if x.ndim > 1}
+    place = params_sharding(params, mesh)
+    args = jax.device_put(params, place), to_device(batch, mesh)
+    jaxpr = jax.make_jaxpr(gradients(model, terms, mesh, params))(*args).jaxpr
+    carried = [
+        var.aval.dtype
+        for eqn in equations(jaxpr)
+        if eqn.primitive.name == "scan"
+        for var in eqn.outvars[: eqn.params["num_carry"]]
+        if var.aval.shape in kernels
+    ]
+    assert carried and set(carried) == {jnp.dtype("float32")}
 
 
 def make_free(model) -> Objective:
