@@ -231,7 +231,9 @@ def candidates(config: Any, devices: list[Any]) -> Iterator[dict[str, str]]:
     pairs = config.input.microbatch or config.input.batch_size
     while pairs % (2 * count) == 0:
         pairs //= 2
-        yield {**settings, "input.microbatch": str(pairs)}
+        n = pairs // count
+        if all(g == 0 or g >= n or n % g == 0 for g in (config.model[t].group for t in TOWERS)):
+            yield {**settings, "input.microbatch": str(pairs)}
 
 
 def state_bytes(state: Any) -> int:

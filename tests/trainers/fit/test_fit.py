@@ -182,6 +182,10 @@ def test_settings_that_are_tried_are_ones_that_the_devices_take(monkeypatch):
     assert tried[1] == {"mesh.data": "-1", "mesh.fsdp": "6"}
     assert [settings.get("model.remat") for settings in tried[2:6]] == [*REMAT[1:]]
     assert [settings["input.microbatch"] for settings in tried[6:]] == ["12", "6"]
+    with config.unlocked():
+        config.input.batch_size, config.model.img.group = 72, 4  # of 12 examples a device
+    tried = list(trial.candidates(config, jax.devices()[:6]))
+    assert [settings["input.microbatch"] for settings in tried[6:]] == ["18"]  # 36: 6 a device
 
 
 def test_overrides_of_what_is_not_used_are_told():
