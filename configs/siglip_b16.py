@@ -23,7 +23,7 @@ from configs import _slice, _source
 SLICES: dict[str, dict] = {
     "v4:4x4x2": {"model.remat": "full", "model.scan": True, "model.img.group": 32},
     "v5e:16x16": {},
-    "v6e:8x8": {},
+    "v6e:8x8": {"model.remat": "mlp"},
     "h200:1x1x1": {"model.remat": "elementwise", "input.microbatch": 1024},
     "h200:1x1x8": {"model.remat": "elementwise", "input.microbatch": 8192},
 }
