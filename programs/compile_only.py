@@ -46,7 +46,7 @@ exit codes: 0 it fits, 1 it does not, 2 a mistake in command or config.
 
 def main(argv: list[str]) -> int:
     """Compiles as the command line says; returns the exit code."""
-    return run(lambda: _main(argv))
+    return run(lambda: _main(argv), interrupted="interrupted; nothing of it is kept")
 
 
 def make_parser() -> Parser:

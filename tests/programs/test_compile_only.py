@@ -87,6 +87,15 @@ def test_mistakes_are_one_line(tiny, compile_only, capfd, flags, message):
     assert not any("error" in note for note in notes)
 
 
+def test_an_interrupted_compilation_says_that_nothing_is_kept(compile_only, monkeypatch, capfd):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "_main", interrupted)
+    assert compile_only("--config=any.py") == 85
+    assert capfd.readouterr().err == "interrupted; nothing of it is kept\n"
+
+
 def test_a_config_that_lacks_its_data_does_not_train(tiny, tmp_path, capsys):
     assert training.main([f"--config={tiny}:missing", f"--workdir={tmp_path / 'w'}"]) == 2
     assert "tiny.py: pass your data" in capsys.readouterr().err
