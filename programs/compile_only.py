@@ -40,7 +40,7 @@ topologies:
   h200:1x1x8, h100:1x4x8, a100:...   slices x hosts x cards
   cpu:8                              emulated devices
 
-exit codes: 0 it fits, 1 it does not, 2 a mistake in command or config.
+exit codes: 0 it fits, 1 it does not, 2 a mistake in command or config, 85 interrupted.
 """
 
 

@@ -75,8 +75,8 @@ def attention(
 
     Args:
       implementation: one of IMPLEMENTATIONS, which takes what it can; the rest is left to XLA.
-      packs: whether 'tpu' may take heads in packs, which spares copies but not matmuls.
       attention_fn: in the place of dot_product_attention with that implementation.
+      packs: whether 'tpu' may take heads in packs, which spares copies but not matmuls.
     """
 
     def attend(query, key, value, mask=None, **unused):

@@ -46,6 +46,7 @@ def compile_only(monkeypatch):
 def test_a_step_on_emulated_devices_without_data_or_tokenizer(tiny, tmp_path, compile_only, capfd):
     file = tmp_path / "fit.json"
     flags = [f"--config={tiny}:missing", "--topology=cpu:8", "--config.mesh.fsdp=2"]
+    flags += ["--config.objectives.contrastive.exchange=ring"]
     assert compile_only(*flags, f"--json={file}") == 0
     out, err = capfd.readouterr()
     assert "fits: yes" in out and "8 x cpu, mesh data=4, fsdp=2; 4 pairs" in out
@@ -54,8 +55,11 @@ def test_a_step_on_emulated_devices_without_data_or_tokenizer(tiny, tmp_path, co
     record = json.loads(file.read_text())
     assert record["memory"]["peak"] > 0 and record["model_flops"] > 0
     assert record["run_flops"] == record["model_flops"]
-    assert "all-reduce" in {c["kind"] for c in record["collectives"]}
-    assert record["settings"] == {"mesh.fsdp": "2"}
+    assert {c["kind"] for c in record["collectives"]} >= {"all-reduce", "collective-permute"}
+    assert record["settings"] == {
+        "mesh.fsdp": "2",
+        "objectives.contrastive.exchange": "ring",
+    }
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from siglip.leaf_names import leaves
 from siglip.towers import transformer
 from siglip.towers.remat import REMAT
 from siglip.towers.two_towers import make_model
-from trainers.fit.flops import matmul_flops
 
 TINY = dict(width=32, depth=3, mlp_dim=64, num_heads=4)
 
@@ -195,53 +194,6 @@ def test_scan_remat_and_groups_leave_embeddings_and_gradients_as_they_are(scan, 
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), grads, want_grads
     )
-
-
-def loops(f, *args):
-    """How often each loop of a function runs."""
-    scans = [
-        eqn.params["length"]
-        for eqn in equations(jax.make_jaxpr(f)(*args).jaxpr)
-        if eqn.primitive.name == "scan"
-    ]
-    return set(scans)
-
-
-@pytest.mark.parametrize("remat", ["none", "dense", "full"])
-def test_groups_compute_what_the_whole_computes_and_no_more(remat):
-    params = init(tiny_model())
-
-    def gradient(group):
-        model = tiny_model({"group": group}, {"group": group}, remat=remat)
-        return on_a_device(
-            jax.grad(lambda params: model.apply({"params": params}, *batch())[0].sum())
-        )
-
-    def flops(group):
-        return matmul_flops(jax.make_jaxpr(gradient(group))(params).jaxpr)
-
-    assert loops(gradient(2), params) == {2} and loops(gradient(1), params) == {4}
-    assert flops(2) == flops(1) == flops(0)
-    assert not loops(gradient(0), params) and not loops(gradient(4), params)
-    assert not loops(gradient(3), params)  # which does not divide 4 examples
-
-
-def test_outside_of_the_training_step_all_examples_go_through_at_once():
-    """A loop over groups of a batch that is split over devices has each compute all of it."""
-    model = tiny_model({"group": 1}, {"group": 1})
-    assert not loops(lambda p: model.apply({"params": p}, *batch())[:2], init(tiny_model()))
-
-
-def test_with_groups_a_block_needs_the_memory_of_one():
-    x = jnp.zeros((32, 16, 32))
-
-    def temp(group):
-        encoder = transformer.Encoder(2, 128, 2, jnp.dtype("float32"), False, "full", "xla", group)
-        params = encoder.init(jax.random.key(0), x)
-        f = on_a_device(jax.grad(lambda params: encoder.apply(params, x)[0].sum()))
-        return f.lower(params).compile().memory_analysis().temp_size_in_bytes
-
-    assert temp(4) < 0.5 * temp(0)
 
 
 def test_remat_lowers_memory():

@@ -437,6 +437,13 @@ def test_free_keys_are_whole_names(config_file, override):
     assert stored.Difference(override[0], "", "").free is False
 
 
+@pytest.mark.parametrize(
+    "key", ["model.remat", "model.attention", "model.img.group", "model.txt.group"]
+)
+def test_how_towers_are_computed_is_free(key):
+    assert stored.Difference(key, "", "").free is True
+
+
 def test_a_new_workdir_and_the_same_config_pass(config_file):
     config = complete.load(config_file)
     stored.check_workdir(config, "new")

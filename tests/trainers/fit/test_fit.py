@@ -165,6 +165,9 @@ def test_memory_of_a_compiled_program_counts_arguments_once_and_what_lies_betwee
         return jax.lax.scan(lambda c, _: (jnp.sin(c) @ x, None), x, length=16)[0].sum()
 
     x = jnp.ones((256, 256))
+    compiled = jax.jit(lambda x: x @ x + 1, donate_argnums=0).lower(x).compile()
+    memory = memory_of(compiled, jax.devices()[0])
+    assert memory.arguments == x.nbytes and x.nbytes <= memory.peak <= 3 * x.nbytes
     memory = memory_of(jax.jit(jax.grad(loss)).lower(x).compile(), jax.devices()[0])
     assert memory.limit == 0 and memory.fits
     assert memory.arguments == x.nbytes
